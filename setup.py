@@ -1,0 +1,5 @@
+"""Build entry; every setting is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
