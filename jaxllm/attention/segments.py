@@ -1,0 +1,203 @@
+"""Attention over a list of key-value segments, merged by log-sum-exp.
+
+Every attention of the project is `attend(q, positions, segments)`. Each segment gives
+a partial output and the log-sum-exp of its logits; `merge` joins them exactly, so any
+split of the keys into segments gives the same output.
+
+Letters: B rows, T queries, N query heads, K kv heads, G = N/K, H head dim, S keys of a
+segment, U users of a segment (B, 1, or a number of groups).
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxllm.attention.masks import FULL, GLOBAL_WINDOW, Mask, allowed
+from jaxllm.core.einsum import contract
+from jaxllm.core.pytree import pytree_dataclass
+
+__all__ = ["AttentionOutput", "Segment", "attend", "attend_segment", "merge"]
+
+# Stands for -inf where -inf - -inf would give NaN.
+_LOWEST = -1e30
+
+
+@pytree_dataclass
+class Segment:
+    """Keys and values, who shares them, where they stand and who may see them.
+
+    What a query may not see changes nothing, as long as it is finite: values meet a
+    weight of 0, and 0 times NaN is NaN. Clearing them first costs a copy of the cache
+    on a CPU. So a slot that is used again must not hold a NaN.
+
+    Attributes:
+      k_UKSH: Keys, rotated.
+      v_UKSH: Values, finite also where no query sees them.
+      length_U: Valid keys of each user; all S when None.
+      start_U: Position of key 0; key s is at `start + s`. 0 when None.
+      position_US: Position of every key, in place of `start_U`, for keys that do not
+        stand in a row (draft nodes, padded rows).
+      valid_US: Validity of every key, beside `length_U`.
+      row_B: The user that each row reads. None: row b reads user b, or every row reads
+        the one user.
+      mask: Rule between queries and keys.
+    """
+
+    k_UKSH: Array
+    v_UKSH: Array
+    length_U: Array | None = None
+    start_U: Array | None = None
+    position_US: Array | None = None
+    valid_US: Array | None = None
+    row_B: Array | None = None
+    mask: Mask = FULL
+
+
+@pytree_dataclass
+class AttentionOutput:
+    """A partial attention: `out_BTNH` and `lse_BTN`, both float32.
+
+    Where a query sees no key, the output is 0 and the log-sum-exp -inf.
+    """
+
+    out_BTNH: Array
+    lse_BTN: Array
+
+
+def attend_segment(
+    q_BTNH: Array,
+    query_position_BT: Array,
+    segment: Segment,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: Array | int = GLOBAL_WINDOW,
+) -> AttentionOutput:
+    """Attends over one segment.
+
+    Args:
+      q_BTNH: Queries; N a multiple of the segment's K, head n reads kv head n // G.
+      query_position_BT: int32 absolute positions.
+      segment: The keys. When one user serves all rows, their queries are folded into
+        one product.
+      scale: Multiplies the logits.
+      softcap: c of `c * tanh(logits / c)`; none when None.
+      window: A key is visible while `query position - key position < window`.
+
+    Returns:
+      The partial output and its log-sum-exp.
+
+    Source: Hydragen (arXiv 2402.05099) section 3.1; RelayAttention (arXiv 2402.14808)
+      section 3.2.
+    """
+    B, T, N, H = q_BTNH.shape
+    k, v = segment.k_UKSH, segment.v_UKSH
+    position_US, valid_US = _keys(segment)
+    if segment.row_B is not None:
+        row_B = segment.row_B
+        k, v = k[row_B], v[row_B]
+        position_US, valid_US = position_US[row_B], valid_US[row_B]
+    U, K, S, _ = k.shape
+    visible_BTS = allowed(segment.mask, query_position_BT, position_US)
+    if not (isinstance(window, int) and window >= GLOBAL_WINDOW):
+        distance = query_position_BT[:, :, None] - position_US[:, None, :]
+        visible_BTS = visible_BTS & (distance < window)
+    visible_BTS = jnp.broadcast_to(visible_BTS & valid_US[:, None, :], (B, T, S))
+    # Rows that share a user become queries of one row.
+    G, rows = N // K, B // U * T
+    q = q_BTNH.reshape(U, rows, K, G, H).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(U, K, G * rows, H).astype(k.dtype)
+    logits = contract("ukqh,uksh->ukqs", q, k, jnp.float32) * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = logits.reshape(U, K, G, rows, S)
+    visible = visible_BTS.reshape(U, 1, 1, rows, S)
+    logits = jnp.where(visible, logits, _LOWEST)
+    top = jnp.max(logits, axis=-1, keepdims=True, initial=_LOWEST)  # S may be 0
+    weight = jnp.where(visible, jnp.exp(logits - top), 0.0)
+    total = jnp.sum(weight, axis=-1)
+    out = contract(
+        "ukqs,uksh->ukqh",
+        weight.reshape(U, K, G * rows, S).astype(v.dtype),
+        v,
+        jnp.float32,
+    )
+    out = out.reshape(U, K, G, rows, H)
+    seen = total != 0  # true of NaN too, which has to stay visible
+    safe = jnp.where(seen, total, 1.0)
+    out = jnp.where(seen[..., None], out / safe[..., None], 0.0)
+    lse = jnp.where(seen, top[..., 0] + jnp.log(safe), -jnp.inf)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return AttentionOutput(out, lse.transpose(0, 3, 1, 2).reshape(B, T, N))
+
+
+def _keys(segment: Segment) -> tuple[Array, Array]:
+    """Returns the position and the validity of every key, each `[U, S]`."""
+    U, _, S, _ = segment.k_UKSH.shape
+    index_S = jnp.arange(S, dtype=jnp.int32)
+    if segment.position_US is not None:
+        position_US = segment.position_US
+    else:
+        start_U = (
+            jnp.zeros((1,), jnp.int32) if segment.start_U is None else (segment.start_U)
+        )
+        position_US = start_U[:, None] + index_S
+    valid_US = jnp.ones((1, S), bool)
+    if segment.length_U is not None:
+        valid_US = index_S < segment.length_U[:, None]
+    if segment.valid_US is not None:
+        valid_US = valid_US & segment.valid_US
+    return (
+        jnp.broadcast_to(position_US, (U, S)),
+        jnp.broadcast_to(valid_US, (U, S)),
+    )
+
+
+def merge(*parts: AttentionOutput) -> AttentionOutput:
+    """Joins partial attentions over disjoint keys into the attention over all.
+
+    Associative and commutative; a part that sees no key is the identity.
+
+    Source: FlashAttention (arXiv 2205.14135) section 3.1; Hydragen eq. 5.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    lse = jnp.stack([p.lse_BTN for p in parts])
+    top = jnp.max(lse, axis=0)
+    seen = ~jnp.isneginf(top)
+    top = jnp.where(seen, top, 0.0)  # -inf - -inf is NaN
+    weight = jnp.exp(lse - top)
+    total = jnp.where(seen, weight.sum(0), 1.0)
+    out = sum(
+        p.out_BTNH * (w / total)[..., None] for p, w in zip(parts, weight, strict=True)
+    )
+    return AttentionOutput(out, jnp.where(seen, top + jnp.log(total), -jnp.inf))
+
+
+def attend(
+    q_BTNH: Array,
+    query_position_BT: Array,
+    segments: Sequence[Segment],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: Array | int = GLOBAL_WINDOW,
+) -> Array:
+    """Attends over all segments; arguments as for `attend_segment`.
+
+    Returns:
+      `[B, T, N, H]` in the dtype of the queries.
+    """
+    parts = [
+        attend_segment(
+            q_BTNH,
+            query_position_BT,
+            segment,
+            scale=scale,
+            softcap=softcap,
+            window=window,
+        )
+        for segment in segments
+    ]
+    return merge(*parts).out_BTNH.astype(q_BTNH.dtype)
