@@ -1,0 +1,335 @@
+"""The host's side of decoding: batches in, chunks of tokens out.
+
+Letters: B rows, S slots.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.attention.cache import DenseCache
+from jaxllm.core.errors import CapacityError, ConfigError, UserError
+from jaxllm.core.rng import row_keys
+from jaxllm.decoding.buckets import shapes_for
+from jaxllm.decoding.engine import DecodeState, Stats, advance, prefill
+from jaxllm.decoding.protocol import Committed, Drafter, Params
+from jaxllm.decoding.sampling import Sampler
+from jaxllm.models.freeze import Context, Model
+
+__all__ = ["Output", "Request", "Snapshot", "decode", "decode_chunks"]
+
+STEPS_PER_CALL = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A batch of prompts and what is wanted of each.
+
+    Attributes:
+      prompts: Token ids of each row, at least one each.
+      max_new_tokens: For each row.
+      sampler: Options of `len(prompts)` rows.
+      seeds: Seed of each row; the same seed gives the same tokens in any batch.
+      eos: Ids that end a row; the one that ended it is part of the output.
+      steps_per_call: Steps of one dispatch; the host looks at the output between.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: Sequence[int]
+    sampler: Sampler
+    seeds: Sequence[int]
+    eos: tuple[int, ...] = ()
+    steps_per_call: int = STEPS_PER_CALL
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What the host sees between two dispatches; the rows of the request only.
+
+    Attributes:
+      token_ids: New tokens of each row so far.
+      done: Which rows have stopped.
+    """
+
+    token_ids: list[list[int]]
+    done: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a row gave.
+
+    Attributes:
+      token_ids: The new tokens only.
+      logprobs: Log-probability of each under the target, before temperature and
+        filters.
+      ended: Whether an end token stopped the row.
+      stats: Counts of the row: `target_passes`, `emitted`, `drafted` as int and
+        `accepted`, `tested` as lists by depth.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ended: bool
+    stats: dict[str, Any]
+
+
+def check(model: Model, request: Request) -> None:
+    """Checks a request at the edge, before anything is compiled.
+
+    Raises:
+      CapacityError: A prompt is empty, too long, or holds an id that the model lacks.
+      ConfigError: A number of tokens is negative.
+    """
+    positions = model.config.max_positions
+    rows = zip(request.prompts, request.max_new_tokens, strict=True)
+    for row, (prompt, new) in enumerate(rows):
+        if new < 0:
+            raise ConfigError(
+                f"cannot generate: max_new_tokens is {new}, expected 0 or more. "
+                f"Correct --max_new_tokens."
+            )
+        if not len(prompt):
+            raise CapacityError(
+                f"cannot generate: prompt {row} is empty, expected at least one "
+                f"token. Write a prompt; this tokenizer has no start token to put "
+                f"in its place."
+            )
+        if len(prompt) + new > positions:
+            raise CapacityError(
+                f"cannot generate: prompt {row} has {len(prompt)} tokens, expected "
+                f"at most {max(positions - new, 0)} (the model's {positions} "
+                f"positions less {new} new tokens). Shorten it or lower "
+                f"--max_new_tokens."
+            )
+        check_ids(prompt, model.config.vocabulary, row)
+
+
+def check_ids(ids: Sequence[int], vocabulary: int, row: int) -> None:
+    """Raises `CapacityError` when an id is outside the vocabulary."""
+    for index, token in enumerate(ids):
+        if not 0 <= token < vocabulary:
+            raise CapacityError(
+                f"cannot embed: prompt {row} has id {token} at index {index}, "
+                f"expected 0 to {vocabulary - 1}. Use the model's own tokenizer."
+            )
+
+
+def decode(
+    model: Model, params: Params, request: Request, *, drafter: Drafter
+) -> list[Output]:
+    """Decodes a batch to its end; arguments as for `decode_chunks`."""
+    run = decode_chunks(model, params, request, drafter=drafter)
+    while True:
+        try:
+            next(run)
+        except StopIteration as stop:
+            return stop.value
+
+
+def decode_chunks(
+    model: Model,
+    params: Params,
+    request: Request,
+    *,
+    drafter: Drafter,
+    watch: Callable[[Snapshot], Sequence[bool]] | None = None,
+    cache_dtype: Any = None,
+) -> Generator[Snapshot, None, list[Output]]:
+    """Decodes a batch, handing out what there is after every dispatch.
+
+    Args:
+      model: The target.
+      params: `{"target", "drafter"}`.
+      request: The batch.
+      drafter: Bound drafter.
+      watch: Looks at each snapshot and says which rows shall stop (stop strings).
+      cache_dtype: Dtype of keys and values; the policy's when None.
+
+    Yields:
+      A snapshot after every dispatch.
+
+    Returns:
+      The outputs, as the generator's value.
+
+    Raises:
+      UserError: The request is wrong, or logits were not finite.
+    """
+    check(model, request)
+    rope_length = _rope_length(model, request)
+    state, sampler, shapes = _start(
+        model, params, request, drafter, cache_dtype, rope_length
+    )
+    eos_E = jnp.asarray(request.eos or (-1,), jnp.int32)
+    count, steps = len(request.prompts), jnp.int32(request.steps_per_call)
+    done = np.asarray(state.done_B)[:count]
+    while not done.all():
+        state = advance(
+            params,
+            state,
+            sampler,
+            eos_E,
+            steps,
+            model=model,
+            drafter=drafter,
+            rope_length=rope_length,
+        )
+        if not np.asarray(state.finite_B).all():
+            _raise_nonfinite(model, params["target"], state)
+        snapshot = _snapshot(state, request)
+        yield snapshot
+        done = snapshot.done
+        if watch is not None:
+            stopped = np.zeros((shapes.rows,), bool)
+            stopped[:count] = watch(snapshot)
+            if stopped.any():
+                state = dataclasses.replace(
+                    state, done_B=state.done_B | jnp.asarray(stopped)
+                )
+                done = done | stopped[:count]
+    return _outputs(state, request)
+
+
+def _rope_length(model: Model, request: Request) -> int:
+    """Returns the static length for rotations that change beyond a length."""
+    original = model.config.rope_original_length
+    if original is None:
+        return 1
+    rows = zip(request.prompts, request.max_new_tokens, strict=True)
+    longest = max(len(p) + n for p, n in rows)
+    return original if longest <= original else longest
+
+
+def _start(
+    model: Model,
+    params: Params,
+    request: Request,
+    drafter: Drafter,
+    cache_dtype: Any,
+    rope_length: int,
+) -> Any:
+    lengths = [len(p) for p in request.prompts]
+    shapes = shapes_for(lengths, max(request.max_new_tokens), drafter.depth)
+    fill = shapes.rows - len(lengths)
+    tokens_BS = np.zeros((shapes.rows, shapes.capacity), np.int32)
+    for row, prompt in enumerate(request.prompts):
+        tokens_BS[row, : len(prompt)] = prompt
+    length_B = np.asarray(lengths + [1] * fill, np.int32)
+    limit_B = length_B + np.asarray([*request.max_new_tokens, *[0] * fill], np.int32)
+    sampler = jax.tree.map(
+        lambda x: jnp.concatenate([x, jnp.repeat(x[-1:], fill, axis=0)]),
+        request.sampler,
+    )
+    committed = Committed(
+        jnp.asarray(tokens_BS),
+        jnp.asarray(length_B),
+        row_keys(np.asarray([*request.seeds, *[0] * fill], np.uint32)),
+    )
+    state = prefill(
+        params,
+        committed,
+        _empty_cache(
+            params["target"],
+            model=model,
+            rows=shapes.rows,
+            capacity=shapes.capacity,
+            dtype=cache_dtype,
+        ),
+        jnp.asarray(limit_B),
+        jnp.zeros((shapes.rows,), bool),
+        model=model,
+        drafter=drafter,
+        chunk=shapes.chunk,
+        rope_length=rope_length,
+    )
+    return state, sampler, shapes
+
+
+@functools.partial(jax.jit, static_argnames=("model", "rows", "capacity", "dtype"))
+def _empty_cache(
+    params: Any, *, model: Model, rows: int, capacity: int, dtype: Any
+) -> DenseCache:
+    """Makes the cache on the devices where it will live."""
+    return model.init_cache(params, rows, capacity, dtype)
+
+
+def _snapshot(state: DecodeState, request: Request) -> Snapshot:
+    tokens_BS, length_B, done_B = jax.device_get(
+        (state.committed.tokens_BS, state.committed.length_B, state.done_B)
+    )
+    token_ids = [
+        tokens_BS[row, len(prompt) : length_B[row]].tolist()
+        for row, prompt in enumerate(request.prompts)
+    ]
+    return Snapshot(token_ids, done_B[: len(token_ids)])
+
+
+def _outputs(state: DecodeState, request: Request) -> list[Output]:
+    snapshot = _snapshot(state, request)
+    logprob_BS, stats = jax.device_get((state.logprob_BS, state.stats))
+    outputs = []
+    for row, ids in enumerate(snapshot.token_ids):
+        first = len(request.prompts[row])
+        outputs.append(
+            Output(
+                ids,
+                logprob_BS[row, first : first + len(ids)].tolist(),
+                bool(ids) and ids[-1] in request.eos,
+                _row_stats(stats, row),
+            )
+        )
+    return outputs
+
+
+def _row_stats(stats: Stats, row: int) -> dict[str, Any]:
+    names = {f.name: getattr(stats, f.name)[row] for f in dataclasses.fields(stats)}
+    return {name.rsplit("_", 1)[0]: x.tolist() for name, x in names.items()}
+
+
+def _raise_nonfinite(model: Model, params: Any, state: DecodeState) -> None:
+    row = int(np.argmin(np.asarray(state.finite_B)))
+    length = int(state.committed.length_B[row])
+    tokens_BT = state.committed.tokens_BS[row : row + 1, : length - 1]
+    where = locate_nonfinite(model, params, tokens_BT)
+    raise UserError(
+        f"cannot decode: logits of row {row} at position {length - 1} are not finite: "
+        f"{where} gives the first such value, expected finite numbers. Check the "
+        f"weights, or compute in float32 with --dtype=float32."
+    )
+
+
+def locate_nonfinite(model: Model, params: Any, tokens_BT: jax.Array) -> str:
+    """Finds where values stop being finite, by re-running halves of the layers.
+
+    Args:
+      model: The model.
+      params: Its parameters.
+      tokens_BT: The tokens that led to the values.
+
+    Returns:
+      `"the embedding"`, `"layer 3 of 0-11"` or `"the head"`.
+    """
+    context = Context.start(tokens_BT)
+    run = jax.jit(
+        lambda x, low, high: model.run_layers(params, x, context, low, high)[0],
+        static_argnums=(1, 2),
+    )
+    x = model.embed(params, tokens_BT, context.positions_BT)
+    if not bool(jnp.isfinite(x).all()):
+        return "the embedding"
+    low, high = 0, model.config.num_layers
+    if bool(jnp.isfinite(run(x, low, high)).all()):
+        return "the head"
+    while high - low > 1:
+        middle = (low + high) // 2
+        half = run(x, low, middle)
+        if bool(jnp.isfinite(half).all()):
+            low, x = middle, half
+        else:
+            high = middle
+    return f"layer {low} of 0-{model.config.num_layers - 1}"

@@ -1,0 +1,354 @@
+"""The decode engine: one jitted loop of propose, forward, verify, append, observe.
+
+Nothing here knows which drafter runs. At the top of every step the cache holds the
+keys and values of all known tokens but the pending one.
+
+Letters: B rows, S slots, M draft nodes, J path length (depth + 1), V vocabulary, E end
+tokens, C chunk of a prompt.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxllm.attention.cache import Cache
+from jaxllm.attention.masks import CAUSAL, ancestor, ancestors_of
+from jaxllm.core.pytree import pytree_dataclass
+from jaxllm.decoding.protocol import Committed, Draft, Drafter, Params, Verdict
+from jaxllm.decoding.sampling import Sampler
+from jaxllm.decoding.verify import match
+from jaxllm.models.freeze import Context, Forward, Model
+
+__all__ = ["DecodeState", "Stats", "advance", "prefill"]
+
+
+@pytree_dataclass
+class Stats:
+    """Counts of each row, kept while the row is active; prefill is not counted.
+
+    Attributes:
+      target_passes_B: Forwards of the target.
+      emitted_B: Tokens emitted.
+      drafted_B: Proposals verified (valid nodes beside the pending one).
+      accepted_BJ: How often at least j proposals were accepted (j > 0), before eos
+        and limits cut; entry 0 counts passes.
+      tested_BJ: How often a proposal at depth j was tested: j - 1 were accepted and
+        there was one at depth j; entry 0 counts passes.
+    """
+
+    target_passes_B: Array
+    emitted_B: Array
+    drafted_B: Array
+    accepted_BJ: Array
+    tested_BJ: Array
+
+
+@pytree_dataclass
+class DecodeState:
+    """All that the loop carries.
+
+    Attributes:
+      committed: Tokens, lengths and keys.
+      cache: Keys and values of `length - 1` tokens.
+      drafter: The drafter's own state.
+      limit_B: Length at which a row stops.
+      done_B: Rows that have stopped.
+      finite_B: False once a row's logits were not finite; such a row stops.
+      logprob_BS: Log-probability of each emitted token under the target, before
+        temperature and filters; stands at the token's slot.
+      stats: Counts.
+    """
+
+    committed: Committed
+    cache: Cache
+    drafter: Any
+    limit_B: Array
+    done_B: Array
+    finite_B: Array
+    logprob_BS: Array
+    stats: Stats
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "drafter", "chunk", "rope_length"),
+    donate_argnames=("cache",),
+)
+def prefill(
+    params: Params,
+    committed: Committed,
+    cache: Cache,
+    limit_B: Array,
+    done_B: Array,
+    *,
+    model: Model,
+    drafter: Drafter,
+    chunk: int,
+    rope_length: int = 0,
+) -> DecodeState:
+    """Runs `prompt[:-1]` through the target in chunks of one compiled shape.
+
+    Args:
+      params: `{"target", "drafter"}`.
+      committed: The prompts, right padded; lengths of at least 1.
+      cache: Empty; donated.
+      limit_B: Length at which each row stops.
+      done_B: Rows that only fill the batch.
+      model: The target.
+      drafter: Bound drafter.
+      chunk: C, tokens of one pass.
+      rope_length: As in `Context`.
+
+    Returns:
+      The state before the first step.
+    """
+    target = params["target"]
+    rows, slots = committed.tokens_BS.shape
+    count_B = jnp.maximum(committed.length_B - 1, 0)
+    padded = jnp.pad(committed.tokens_BS, ((0, 0), (0, chunk)))
+    keep = drafter.prompt_hidden
+    hidden = jnp.zeros((rows, slots if keep else 0, model.config.width), jnp.float32)
+    hidden = hidden.astype(model.policy.compute)
+    aux = {name: hidden for name in drafter.collect if name.startswith("hidden:")}
+
+    def pass_chunk(start: Array, cache: Cache, empty: bool) -> Any:
+        tokens_BC = jax.lax.dynamic_slice_in_dim(padded, start, chunk, axis=1)
+        position_C = start + jnp.arange(chunk, dtype=jnp.int32)
+        context = Context(
+            positions_BT=jnp.broadcast_to(position_C, (rows, chunk)),
+            valid_BT=position_C < count_B[:, None],
+            mask=CAUSAL,
+            cache=None if empty else cache,
+            collect=tuple(aux) if keep else (),
+            rope_length=rope_length or slots,
+        )
+        x = model.embed(target, tokens_BC, context.positions_BT)
+        x, new_kv, collected = model.run_layers(target, x, context)
+        grown = cache.append(new_kv, count_B=jnp.clip(count_B - start, 0, chunk))
+        return x, collected, grown
+
+    def place(buffer: Array, x: Array, start: Array) -> Array:
+        slot = start + jnp.arange(chunk)
+        return buffer.at[:, slot].set(x.astype(buffer.dtype), mode="drop")
+
+    def body(carry: Any) -> Any:
+        start, cache, hidden, aux = carry
+        x, collected, cache = pass_chunk(start, cache, empty=False)
+        if keep:
+            hidden = place(hidden, x, start)
+            aux = {name: place(aux[name], collected[name], start) for name in aux}
+        return start + chunk, cache, hidden, aux
+
+    # The first chunk attends to itself only: the cache is still empty.
+    x, collected, cache = pass_chunk(jnp.int32(0), cache, empty=True)
+    if keep:
+        hidden = place(hidden, x, jnp.int32(0))
+        aux = {n: place(aux[n], collected[n], jnp.int32(0)) for n in aux}
+    carry = (jnp.int32(chunk), cache, hidden, aux)
+    if slots > chunk:
+        longest = jnp.max(count_B)
+        carry = jax.lax.while_loop(lambda c: c[0] < longest, body, carry)
+    _, cache, hidden, aux = carry
+    no_logits = jnp.zeros((rows, 0, model.config.vocabulary), jnp.float32)
+    forward = Forward(no_logits, hidden, (), aux)
+    return DecodeState(
+        committed=committed,
+        cache=cache,
+        drafter=drafter.init(params, committed, forward),
+        limit_B=limit_B,
+        done_B=done_B | (committed.length_B >= limit_B),
+        finite_B=jnp.ones((rows,), bool),
+        logprob_BS=jnp.zeros((rows, slots), jnp.float32),
+        stats=no_stats(rows, drafter.depth + 1),
+    )
+
+
+def no_stats(rows: int, path: int) -> Stats:
+    """Returns the counts before the first step; `path` is J."""
+    zero_B = jnp.zeros((rows,), jnp.int32)
+    zero_BJ = jnp.zeros((rows, path), jnp.int32)
+    return Stats(zero_B, zero_B, zero_B, zero_BJ, zero_BJ)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "drafter", "rope_length"),
+    donate_argnames=("state",),
+)
+def advance(
+    params: Params,
+    state: DecodeState,
+    sampler: Sampler,
+    eos_E: Array,
+    steps: Array,
+    *,
+    model: Model,
+    drafter: Drafter,
+    rope_length: int = 0,
+) -> DecodeState:
+    """Runs up to `steps` steps, or until every row is done; one dispatch, no host.
+
+    Args:
+      params: `{"target", "drafter"}`.
+      state: Donated.
+      sampler: The rows' options.
+      eos_E: int32 ids that end a row.
+      steps: int32 scalar.
+      model: The target.
+      drafter: Bound drafter.
+      rope_length: As in `Context`.
+    """
+
+    def more(carry: tuple[Array, DecodeState]) -> Array:
+        count, state = carry
+        return (count < steps) & jnp.any(~state.done_B)
+
+    def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
+        count, state = carry
+        state = step(
+            params,
+            state,
+            sampler,
+            eos_E,
+            model=model,
+            drafter=drafter,
+            rope_length=rope_length,
+        )
+        return count + 1, state
+
+    return jax.lax.while_loop(more, body, (jnp.int32(0), state))[1]
+
+
+def step(
+    params: Params,
+    state: DecodeState,
+    sampler: Sampler,
+    eos_E: Array,
+    *,
+    model: Model,
+    drafter: Drafter,
+    rope_length: int = 0,
+) -> DecodeState:
+    """Runs one step; arguments as for `advance`."""
+    committed, slots = state.committed, state.committed.tokens_BS.shape[1]
+    drafter_state, draft = drafter.propose(params, state.drafter, committed)
+    root = jnp.arange(draft.tokens_BM.shape[1]) == 0
+    draft = dataclasses.replace(
+        draft, valid_BM=(draft.valid_BM & ~state.done_B[:, None]) | root
+    )
+    context = Context(
+        positions_BT=(committed.length_B - 1)[:, None] + draft.depth_BM,
+        valid_BT=draft.valid_BM,
+        mask=_mask(draft),
+        cache=state.cache,
+        collect=drafter.collect,
+        rope_length=rope_length or slots,
+    )
+    if drafter.forward is None:
+        forward = model(params["target"], draft.tokens_BM, context)
+    else:
+        forward = drafter.forward(params, drafter_state, draft, context)
+    verdict = match(draft, forward.logits_BTV, sampler, committed, depth=drafter.depth)
+    new = _emit(state, draft, verdict, forward.logits_BTV, eos_E)
+    cache = state.cache.append(
+        forward.new_kv, verdict.path_BJ, new.length_B - committed.length_B
+    )
+    grown = dataclasses.replace(
+        committed, tokens_BS=new.tokens_BS, length_B=new.length_B
+    )
+    observed = drafter.observe(params, drafter_state, grown, draft, verdict, forward)
+    return DecodeState(
+        committed=grown,
+        cache=cache,
+        drafter=observed,
+        limit_B=state.limit_B,
+        done_B=new.done_B,
+        finite_B=new.finite_B,
+        logprob_BS=new.logprob_BS,
+        stats=_count(state, draft, verdict, new.length_B),
+    )
+
+
+def _mask(draft: Draft) -> Any:
+    if draft.parents_BM is None:
+        return CAUSAL
+    return ancestor(ancestors_of(draft.parents_BM))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Emitted:
+    tokens_BS: Array
+    length_B: Array
+    done_B: Array
+    finite_B: Array
+    logprob_BS: Array
+
+
+def _emit(
+    state: DecodeState,
+    draft: Draft,
+    verdict: Verdict,
+    logits_BMV: Array,
+    eos_E: Array,
+) -> _Emitted:
+    """Writes the accepted tokens and the next one, cut at eos and at the limit."""
+    committed = state.committed
+    path_BJ, accepted_B = verdict.path_BJ, verdict.num_accepted_B
+    rows, slots = committed.tokens_BS.shape
+    index_J = jnp.arange(path_BJ.shape[1])
+    drafted_BJ = jnp.take_along_axis(draft.tokens_BM, path_BJ, axis=1)
+    # Token j of the block is the child of path node j: the next node, or the target's.
+    block_BJ = jnp.where(
+        index_J < accepted_B[:, None],
+        jnp.roll(drafted_BJ, -1, axis=1),
+        verdict.next_token_B[:, None],
+    )
+    count_B = accepted_B + 1
+    ends_BJ = (block_BJ[..., None] == eos_E).any(-1) & (index_J < count_B[:, None])
+    ended_B = ends_BJ.any(axis=1)
+    count_B = jnp.where(ended_B, jnp.argmax(ends_BJ, axis=1) + 1, count_B)
+    room_B = state.limit_B - committed.length_B
+    ended_B &= count_B <= room_B
+    count_B = jnp.minimum(count_B, room_B)
+    count_B = jnp.where(state.done_B, 0, count_B).astype(jnp.int32)
+
+    logits_BJV = jnp.take_along_axis(logits_BMV, path_BJ[..., None], axis=1)
+    total_BJ = jax.nn.logsumexp(logits_BJV, axis=-1)
+    logprob_BJ = (
+        jnp.take_along_axis(logits_BJV, block_BJ[..., None], axis=-1)[..., 0] - total_BJ
+    )
+    written_BJ = index_J < count_B[:, None]
+    finite_B = jnp.where(written_BJ, jnp.isfinite(total_BJ), True).all(axis=1)
+    slot_BJ = jnp.where(written_BJ, committed.length_B[:, None] + index_J, slots)
+    row_B1 = jnp.arange(rows)[:, None]
+    length_B = committed.length_B + count_B
+    return _Emitted(
+        tokens_BS=committed.tokens_BS.at[row_B1, slot_BJ].set(block_BJ, mode="drop"),
+        length_B=length_B,
+        done_B=state.done_B | ended_B | (length_B >= state.limit_B) | ~finite_B,
+        finite_B=state.finite_B & finite_B,
+        logprob_BS=state.logprob_BS.at[row_B1, slot_BJ].set(logprob_BJ, mode="drop"),
+    )
+
+
+def _count(
+    state: DecodeState, draft: Draft, verdict: Verdict, length_B: Array
+) -> Stats:
+    """Adds one step to the counts of the rows that were active in it."""
+    stats, active_B = state.stats, (~state.done_B).astype(jnp.int32)
+    index_J = jnp.arange(stats.accepted_BJ.shape[1])
+    accepted_B = verdict.num_accepted_B[:, None]
+    deepest_B = jnp.max(jnp.where(draft.valid_BM, draft.depth_BM, 0), axis=1)
+    reached_BJ = index_J <= accepted_B
+    tested_BJ = (index_J <= accepted_B + 1) & (index_J <= deepest_B[:, None])
+    return Stats(
+        target_passes_B=stats.target_passes_B + active_B,
+        emitted_B=stats.emitted_B + length_B - state.committed.length_B,
+        drafted_B=stats.drafted_B + active_B * (draft.valid_BM.sum(axis=1) - 1),
+        accepted_BJ=stats.accepted_BJ + active_B[:, None] * reached_BJ,
+        tested_BJ=stats.tested_BJ + active_B[:, None] * tested_BJ,
+    )
