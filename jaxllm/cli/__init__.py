@@ -1,0 +1,1 @@
+"""The command line: `jaxllm COMMAND`, one module a command."""
