@@ -60,6 +60,10 @@ class Snapshot:
     done: np.ndarray
 
 
+Watch = Callable[[Snapshot], Sequence[bool]]
+"""Looks at a snapshot and says which rows shall stop."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Output:
     """What a row gave.
@@ -121,10 +125,15 @@ def check_ids(ids: Sequence[int], vocabulary: int, row: int) -> None:
 
 
 def decode(
-    model: Model, params: Params, request: Request, *, drafter: Drafter
+    model: Model,
+    params: Params,
+    request: Request,
+    *,
+    drafter: Drafter,
+    watch: Watch | None = None,
 ) -> list[Output]:
     """Decodes a batch to its end; arguments as for `decode_chunks`."""
-    run = decode_chunks(model, params, request, drafter=drafter)
+    run = decode_chunks(model, params, request, drafter=drafter, watch=watch)
     while True:
         try:
             next(run)
@@ -138,7 +147,7 @@ def decode_chunks(
     request: Request,
     *,
     drafter: Drafter,
-    watch: Callable[[Snapshot], Sequence[bool]] | None = None,
+    watch: Watch | None = None,
     cache_dtype: Any = None,
 ) -> Generator[Snapshot, None, list[Output]]:
     """Decodes a batch, handing out what there is after every dispatch.
@@ -315,10 +324,15 @@ def locate_nonfinite(model: Model, params: Any, tokens_BT: jax.Array) -> str:
       `"the embedding"`, `"layer 3 of 0-11"` or `"the head"`.
     """
     context = Context.start(tokens_BT)
-    run = jax.jit(
-        lambda x, low, high: model.run_layers(params, x, context, low, high)[0],
-        static_argnums=(1, 2),
+    # The parameters are an argument: closed over, they would be copied as constants.
+    layers = jax.jit(
+        lambda params, x, low, high: model.run_layers(params, x, context, low, high)[0],
+        static_argnums=(2, 3),
     )
+
+    def run(x: jax.Array, low: int, high: int) -> jax.Array:
+        return layers(params, x, low, high)
+
     x = model.embed(params, tokens_BT, context.positions_BT)
     if not bool(jnp.isfinite(x).all()):
         return "the embedding"

@@ -115,7 +115,12 @@ def prefill(
     hidden = hidden.astype(model.policy.compute)
     aux = {name: hidden for name in drafter.collect if name.startswith("hidden:")}
 
-    def pass_chunk(start: Array, cache: Cache, empty: bool) -> Any:
+    def place(buffer: Array, x: Array, start: Array) -> Array:
+        slot = start + jnp.arange(chunk)
+        return buffer.at[:, slot].set(x.astype(buffer.dtype), mode="drop")
+
+    def body(carry: Any, empty: bool = False) -> Any:
+        start, cache, hidden, aux = carry
         tokens_BC = jax.lax.dynamic_slice_in_dim(padded, start, chunk, axis=1)
         position_C = start + jnp.arange(chunk, dtype=jnp.int32)
         context = Context(
@@ -128,27 +133,14 @@ def prefill(
         )
         x = model.embed(target, tokens_BC, context.positions_BT)
         x, new_kv, collected = model.run_layers(target, x, context)
-        grown = cache.append(new_kv, count_B=jnp.clip(count_B - start, 0, chunk))
-        return x, collected, grown
-
-    def place(buffer: Array, x: Array, start: Array) -> Array:
-        slot = start + jnp.arange(chunk)
-        return buffer.at[:, slot].set(x.astype(buffer.dtype), mode="drop")
-
-    def body(carry: Any) -> Any:
-        start, cache, hidden, aux = carry
-        x, collected, cache = pass_chunk(start, cache, empty=False)
+        cache = cache.append(new_kv, count_B=jnp.clip(count_B - start, 0, chunk))
         if keep:
             hidden = place(hidden, x, start)
             aux = {name: place(aux[name], collected[name], start) for name in aux}
         return start + chunk, cache, hidden, aux
 
     # The first chunk attends to itself only: the cache is still empty.
-    x, collected, cache = pass_chunk(jnp.int32(0), cache, empty=True)
-    if keep:
-        hidden = place(hidden, x, jnp.int32(0))
-        aux = {n: place(aux[n], collected[n], jnp.int32(0)) for n in aux}
-    carry = (jnp.int32(chunk), cache, hidden, aux)
+    carry = body((jnp.int32(0), cache, hidden, aux), empty=True)
     if slots > chunk:
         longest = jnp.max(count_B)
         carry = jax.lax.while_loop(lambda c: c[0] < longest, body, carry)

@@ -15,7 +15,7 @@ from jaxllm.decoding.decode import (
     Output,
     Request,
     Snapshot,
-    decode_chunks,
+    decode,
 )
 from jaxllm.decoding.protocol import Drafter
 from jaxllm.decoding.stopping import StopText
@@ -173,18 +173,14 @@ class Job:
             return [reader is not None and reader.stopped for reader in readers]
 
         with on_mesh(lm):
-            chunks = decode_chunks(
+            outputs = decode(
                 lm.model,
                 params,
                 self.request(batch, sampler),
                 drafter=drafter,
                 watch=watch if self.stop else None,
             )
-            while True:
-                try:
-                    next(chunks)
-                except StopIteration as end:
-                    return end.value, readers
+        return outputs, readers
 
     def result(self, output: Output, reader: StopText | None, seconds: float) -> Result:
         """Turns a row's output into a result, cut where its reader stopped."""

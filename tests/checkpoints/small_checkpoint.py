@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 
 from jaxllm.checkpoints import write_weights
@@ -144,3 +145,10 @@ def parameter(params, path):
     for name in path:
         params = params[name]
     return np.asarray(params)
+
+
+def assert_equal_trees(a, b):
+    """Asserts two trees of parameters equal, bit for bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and (np.asarray(x) == np.asarray(y)).all()

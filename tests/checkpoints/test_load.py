@@ -16,18 +16,13 @@ from jaxllm.models.families import family_of
 from jaxllm.quantization import Int8, IntTensor, quantize_params
 from tests.checkpoints.small_checkpoint import (
     CONFIGS,
+    assert_equal_trees,
     make_tensors,
     parameter,
     write_checkpoint,
 )
 
 LLAMA = CONFIGS["llama"]
-
-
-def assert_equal_trees(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype and (np.asarray(x) == np.asarray(y)).all()
 
 
 @pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])

@@ -25,17 +25,12 @@ from jaxllm.models import make_model
 from jaxllm.models.families import decoder_config, family_of
 from tests.checkpoints.small_checkpoint import (
     CONFIGS,
+    assert_equal_trees,
     make_tensors,
     write_checkpoint,
 )
 
 LLAMA = CONFIGS["llama"]
-
-
-def assert_equal_trees(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype and (np.asarray(x) == np.asarray(y)).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

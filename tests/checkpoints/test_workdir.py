@@ -12,7 +12,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jaxllm.checkpoints import LanguageModel, load_language_model, save_workdir
@@ -21,7 +20,11 @@ from jaxllm.core import CheckpointError, DTypePolicy, pytree_dataclass
 from jaxllm.models import make_model
 from jaxllm.models.families import decoder_config
 from jaxllm.quantization import IntTensor
-from tests.checkpoints.small_checkpoint import CONFIGS, write_checkpoint
+from tests.checkpoints.small_checkpoint import (
+    CONFIGS,
+    assert_equal_trees,
+    write_checkpoint,
+)
 
 LLAMA = CONFIGS["llama"]
 
@@ -31,12 +34,6 @@ def source(tmp_path_factory):
     directory = tmp_path_factory.mktemp("source")
     write_checkpoint(directory, LLAMA)
     return directory
-
-
-def assert_equal_trees(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype and (np.asarray(x) == np.asarray(y)).all()
 
 
 def refused(message, **options):
