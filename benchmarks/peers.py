@@ -59,7 +59,7 @@ class Jaxllm(Contender):
         # Not `jaxllm.load`: its compile cache on disk would hide what a compile costs.
         self._lm = load_language_model(directory, dtype=dtype)
         self._params = {"target": self._lm.params, "drafter": {}}
-        self._drafter = Autoregressive(width=self.width)
+        self._drafter = Autoregressive(query_width=self.width)
 
     def _chunks(self, prompts: Tokens, count: int, steps: int) -> Any:
         from jaxllm.decoding import Request, decode_chunks, make_sampler

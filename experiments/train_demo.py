@@ -1,12 +1,16 @@
-"""Trains `demo`, the small model that ships inside the package, on TinyStories.
+"""Trains the small models that ship inside the package on TinyStories.
 
     python -m experiments.train_demo --data=DIR --output=runs/demo --minutes=72
+    python -m experiments.train_demo --data=DIR --model=demo-draft \
+        --output=runs/demo-draft --minutes=25
+
+`demo-draft` speaks the tokens of `demo`: it takes that model's tokenizer.
 
 `DIR` holds `tinystories_train.txt.gz` (stories, each followed by a line
 `<|endoftext|>`) and `tinystories_valid.txt.gz` (plain text). The run trains a
-byte-level BPE tokenizer, then the model, and exports a Hugging Face directory to
-`OUTPUT/model` (or `--export`) whenever the validation loss is the lowest so far. The
-same command resumes a run that was stopped.
+byte-level BPE tokenizer (`demo` only), then the model, and exports a Hugging Face
+directory to `OUTPUT/model` (or `--export`) whenever the validation loss is the lowest
+so far. The same command resumes a run that was stopped.
 
 Expect after 72 minutes on two CPU cores shared with other work (3.1M tokens): 2.34 nats
 a token, 0.92 bits a character on the validation text in windows of 512.
@@ -53,6 +57,7 @@ from jaxllm.checkpoints import (
     LanguageModel,
     Tokenizer,
     save_language_model,
+    shipped_models,
 )
 from jaxllm.core.dtypes import DTypePolicy
 from jaxllm.layers import AttentionConfig, MlpConfig, NormConfig
@@ -61,6 +66,7 @@ from jaxllm.models.families import FAMILIES
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data", None, "Directory of the two TinyStories files.")
+flags.DEFINE_enum("model", "demo", ["demo", "demo-draft"], "Which model.")
 flags.DEFINE_string("output", "runs/demo", "Where state, metrics and plot are kept.")
 flags.DEFINE_string("export", None, "Where the model goes; OUTPUT/model when unset.")
 flags.DEFINE_float("minutes", 72.0, "Length of the run; unused with --steps.")
@@ -79,6 +85,16 @@ DECODER = DecoderConfig(
     ropes=(RopeConfig(rotary_dim=64),),
     tied_head=True,
 )
+DECODERS = {
+    "demo": DECODER,
+    "demo-draft": dataclasses.replace(
+        DECODER,
+        width=128,
+        num_layers=2,
+        attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=64),
+        mlp=MlpConfig(hidden=256),
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,6 +349,8 @@ def prepare(config: DemoConfig, data: Path, output: Path) -> tuple[Any, Trainer,
     valid = read_text(data / "tinystories_valid.txt.gz")
     stories = read_stories(read_text(data / "tinystories_train.txt.gz"), valid)
     path = output / "tokenizer.json"
+    if config.decoder != DECODER:
+        path = shipped_models()["demo"] / "tokenizer.json"
     if not path.exists():
         train_tokenizer(stories, config.decoder.vocabulary).save(str(path))
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -446,7 +464,7 @@ class Run:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    config, output = DemoConfig(), Path(FLAGS.output)
+    config, output = DemoConfig(decoder=DECODERS[FLAGS.model]), Path(FLAGS.output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.json").write_text(
         json.dumps(dataclasses.asdict(config), indent=2) + "\n"

@@ -18,7 +18,15 @@ from jaxllm.checkpoints import LanguageModel, load_language_model, save_language
 from jaxllm.core.errors import UserError
 from jaxllm.core.registry import MethodSpec, build
 from jaxllm.core.sharding import make_mesh
-from jaxllm.decoding import Drafter, Output, Snapshot, decode_chunks, make_sampler
+from jaxllm.decoding import (
+    BoundDrafter,
+    Constraint,
+    Decoded,
+    Drafter,
+    Snapshot,
+    decode_chunks,
+    make_sampler,
+)
 from jaxllm.decoding.buckets import batch_bucket, prompt_bucket
 from jaxllm.decoding.decode import check_ids
 from jaxllm.decoding.job import BATCH, Job, Prompt, Result, column, encode, on_mesh
@@ -30,6 +38,7 @@ __all__ = [
     "LanguageModel",
     "Result",
     "Score",
+    "bind",
     "generate",
     "load",
     "logits",
@@ -38,6 +47,15 @@ __all__ = [
     "stream",
 ]
 
+_SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "verify",
+)
 _STREAM_STEPS = 8
 _LOGIT_BUDGET = 2**25
 
@@ -243,27 +261,35 @@ def _join(
     return head, tail
 
 
-def bind(
-    lm: LanguageModel, decode: str | MethodSpec, drafter: Drafter | None = None
-) -> tuple[Drafter, dict[str, Any]]:
-    """Returns the drafter that a method names, bound to a model, and its parameters.
+def bind(lm: LanguageModel, decode: str | MethodSpec | Drafter) -> BoundDrafter:
+    """Makes a drafter ready for a model, to be used for several calls of `generate`.
 
     Args:
       lm: The target.
-      decode: A method such as `"jacobi:window=16"`.
-      drafter: An object made in Python, in place of `decode`.
+      decode: A method such as `"jacobi:window=16"`, or a `Drafter` made in Python.
+
+    Returns:
+      What `drafter=` takes. It keeps loaded files, and what an online drafter learns.
     """
-    if drafter is None:
-        drafter = build(decode, METHODS, {Drafter: METHODS})
-    bound, params = drafter.bind(lm)
-    return bound, {"target": lm.params, "drafter": params}
+    if not isinstance(decode, Drafter):
+        decode = build(decode, METHODS, {Drafter: METHODS})
+    with on_mesh(lm):
+        return BoundDrafter(lm, decode)
+
+
+def _bound(
+    lm: LanguageModel, decode: str, drafter: Drafter | BoundDrafter | None
+) -> BoundDrafter:
+    if isinstance(drafter, BoundDrafter):
+        return drafter
+    return bind(lm, decode if drafter is None else drafter)
 
 
 def generate(
     lm: LanguageModel,
     prompts: Sequence[Prompt],
     decode: str = "autoregressive",
-    drafter: Drafter | None = None,
+    drafter: Drafter | BoundDrafter | None = None,
     max_new_tokens: int | Sequence[int] = 64,
     temperature: float | Sequence[float] = 0.0,
     top_p: float | Sequence[float] = 1.0,
@@ -271,6 +297,10 @@ def generate(
     min_p: float | Sequence[float] = 0.0,
     stop: Sequence[str] | str = (),
     seed: int | Sequence[int] = 0,
+    repetition_penalty: float | Sequence[float] = 1.0,
+    presence_penalty: float | Sequence[float] = 0.0,
+    verify: str = "match",
+    constraint: Constraint | None = None,
 ) -> list[Result]:
     """Generates a continuation of every prompt.
 
@@ -281,7 +311,8 @@ def generate(
       lm: The model.
       prompts: Texts or lists of ids.
       decode: Method, `name[:option=value,...]`.
-      drafter: A `Drafter` made in Python, in place of `decode`.
+      drafter: A `Drafter` made in Python, or what `bind` returned, in place of
+        `decode`.
       max_new_tokens: Most tokens to generate.
       temperature: 0 is greedy.
       top_p: Keeps the smallest set of likeliest tokens with this probability.
@@ -289,6 +320,11 @@ def generate(
       min_p: Keeps tokens at least this likely relative to the likeliest.
       stop: Strings that end a row; they are not part of the text.
       seed: Seed of row 0, or of each row.
+      repetition_penalty: Above 1 makes every token of prompt and output less likely.
+      presence_penalty: Subtracted from the logits of every token of the output.
+      verify: `"match"`: the tokens of plain decoding, whatever drafts; `"reject"`: the
+        textbook rule for chains, equal to plain sampling in distribution only.
+      constraint: What the text has to obey.
 
     Returns:
       One result for each prompt, in order.
@@ -298,16 +334,19 @@ def generate(
     """
     job = Job.make(lm, prompts, max_new_tokens, stop, seed)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    options["min_p"] = min_p
+    options |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
+    options["presence_penalty"] = presence_penalty
     columns = {name: column(x, len(prompts), name) for name, x in options.items()}
-    bound, params = bind(lm, decode, drafter)
+    bound = _bound(lm, decode, drafter)
     results: list[Any] = [None] * len(prompts)
     for batch in job.batches():
         begun = time.perf_counter()
         sampler = make_sampler(
-            len(batch), **{name: [x[i] for i in batch] for name, x in columns.items()}
+            len(batch),
+            **{name: [x[i] for i in batch] for name, x in columns.items()},
+            verify=verify,
         )
-        outputs, readers = job.run(params, bound, batch, sampler)
+        outputs, readers = job.run(bound, batch, sampler, constraint)
         seconds = time.perf_counter() - begun
         for at, row in enumerate(batch):
             results[row] = job.result(outputs[at], readers[at], seconds)
@@ -335,9 +374,10 @@ def stream(
             f"cannot stream: {lm.name} has no tokenizer, expected one. Use generate, "
             f"which returns ids."
         )
-    names = ("temperature", "top_k", "top_p", "min_p")
-    sampler = make_sampler(1, **{n: options.pop(n) for n in names if n in options})
+    sampling = {n: options.pop(n) for n in _SAMPLING if n in options}
+    sampler = make_sampler(1, **sampling)
     method = {n: options.pop(n) for n in ("decode", "drafter") if n in options}
+    constraint = options.pop("constraint", None)
     settings = {"max_new_tokens": 64, "stop": (), "seed": 0} | options
     if len(settings) > 3:
         unknown = sorted(set(settings) - {"max_new_tokens", "stop", "seed"})[0]
@@ -348,9 +388,7 @@ def stream(
     job = Job.make(
         lm, [prompt], settings["max_new_tokens"], settings["stop"], settings["seed"]
     )
-    bound, params = bind(
-        lm, method.get("decode", "autoregressive"), method.get("drafter")
-    )
+    bound = _bound(lm, method.get("decode", "autoregressive"), method.get("drafter"))
     reader = StopText(lm.tokenizer, job.stop)
 
     def watch(snapshot: Snapshot) -> list[bool]:
@@ -359,8 +397,15 @@ def stream(
     begun = time.perf_counter()
     request = job.request([0], sampler, _STREAM_STEPS)
     with on_mesh(lm):
-        chunks = decode_chunks(lm.model, params, request, drafter=bound, watch=watch)
-        [output] = yield from _pieces(chunks, reader)
+        chunks = decode_chunks(
+            lm.model,
+            bound.arguments(constraint),
+            request,
+            drafter=bound.drafter,
+            watch=watch,
+        )
+        done = yield from _pieces(chunks, reader)
+    bound.params, [output] = done.drafter, done.outputs
     tail = reader.finish()
     if tail:
         yield tail
@@ -369,8 +414,8 @@ def stream(
 
 def _pieces(
     chunks: Iterator[Snapshot], reader: StopText
-) -> Generator[str, None, list[Output]]:
-    """Yields the text of one row as its snapshots come; returns the outputs."""
+) -> Generator[str, None, Decoded]:
+    """Yields the text of one row as its snapshots come; returns what it gave."""
     seen = 0
     while True:
         try:

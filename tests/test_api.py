@@ -57,10 +57,10 @@ def test_generate_takes_texts_and_ids() -> None:
 def test_a_drafter_made_in_python_takes_the_place_of_a_method() -> None:
     lm = toy_lm()
     by_name = jaxllm.generate(
-        lm, PROMPTS[:1], decode="autoregressive:width=4", max_new_tokens=9
+        lm, PROMPTS[:1], decode="autoregressive:query_width=4", max_new_tokens=9
     )
     by_object = jaxllm.generate(
-        lm, PROMPTS[:1], drafter=Autoregressive(width=4), max_new_tokens=9
+        lm, PROMPTS[:1], drafter=Autoregressive(query_width=4), max_new_tokens=9
     )
     assert by_name[0].token_ids == by_object[0].token_ids
 

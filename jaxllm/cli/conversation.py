@@ -9,14 +9,14 @@ from jaxllm.cli.progress import Meter, note
 from jaxllm.cli.rows import Row
 from jaxllm.cli.tasks import Settings, Task, make_tasks
 from jaxllm.core.errors import UserError
-from jaxllm.decoding import Drafter
+from jaxllm.decoding import BoundDrafter
 
 __all__ = ["converse", "stream_task"]
 
 
 def stream_task(
     lm: api.LanguageModel,
-    drafter: Drafter,
+    drafter: BoundDrafter,
     task: Task,
     meter: Meter,
     pieces: list[str],
@@ -54,7 +54,7 @@ def stream_task(
 
 
 def converse(
-    lm: api.LanguageModel, drafter: Drafter, settings: Settings, meter: Meter
+    lm: api.LanguageModel, drafter: BoundDrafter, settings: Settings, meter: Meter
 ) -> None:
     """Talks with whoever sits at the terminal, until the end of input.
 

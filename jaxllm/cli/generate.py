@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jaxllm.cli.jobs import BatchJob
     from jaxllm.cli.progress import Meter
     from jaxllm.cli.tasks import Settings
-    from jaxllm.decoding import Drafter
+    from jaxllm.decoding import BoundDrafter
 
 __all__ = ["FLAGS", "SUMMARY", "run"]
 
@@ -123,13 +123,14 @@ def run(values: flags.FlagValues) -> int:
     from jaxllm.decoding import Drafter
     from jaxllm.drafting import METHODS
 
-    drafter = build(values.decode, METHODS, {Drafter: METHODS})
+    method = build(values.decode, METHODS, {Drafter: METHODS})
     lm = api.load(
         values.model,
         dtype=values.dtype,
         mesh=values.mesh,
         cache_dtype=values.kv_dtype,
     )
+    drafter = api.bind(lm, method)
     settings = Settings(
         max_new_tokens=values.max_new_tokens,
         temperature=values.temperature,
@@ -207,7 +208,7 @@ def _open(path: str) -> IO[bytes]:
 
 def _answer(
     lm: "LanguageModel",
-    drafter: "Drafter",
+    drafter: "BoundDrafter",
     settings: "Settings",
     meter: "Meter",
     values: flags.FlagValues,
@@ -234,7 +235,7 @@ def _answer(
 
 def _work(
     lm: "LanguageModel",
-    drafter: "Drafter",
+    drafter: "BoundDrafter",
     settings: "Settings",
     meter: "Meter",
     values: flags.FlagValues,

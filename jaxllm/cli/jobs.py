@@ -13,7 +13,7 @@ from jaxllm.cli.progress import Bar, Meter, note
 from jaxllm.cli.rows import Failure, Row
 from jaxllm.cli.tasks import Settings, Task, batches, make_tasks, shape_of
 from jaxllm.core.errors import UserError
-from jaxllm.decoding import Drafter
+from jaxllm.decoding import BoundDrafter
 
 __all__ = ["BatchJob", "generate_batch"]
 
@@ -21,7 +21,7 @@ _AHEAD_ROWS = 10_000
 
 
 def generate_batch(
-    lm: api.LanguageModel, drafter: Drafter, batch: list[Task]
+    lm: api.LanguageModel, drafter: BoundDrafter, batch: list[Task]
 ) -> list[api.Result]:
     """Generates for tasks with equal `max_new_tokens` and stop strings."""
     sampling: dict[str, Any] = {
@@ -52,7 +52,7 @@ class BatchJob:
     """
 
     lm: api.LanguageModel
-    drafter: Drafter
+    drafter: BoundDrafter
     settings: Settings
     results: Results
     meter: Meter
@@ -166,7 +166,7 @@ class BatchJob:
         if not todo:
             return
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.lm.params))
-        shapes = len({shape_of(batch, self.drafter) for batch in todo})
+        shapes = len({shape_of(batch, self.drafter.drafter) for batch in todo})
         passes = sum(max(task.max_new_tokens for task in batch) for batch in todo)
         note(
             f"parameters {size / 1e6:.4g} MB, rows {_rows(todo)}"

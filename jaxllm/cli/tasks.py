@@ -208,7 +208,9 @@ def shape_of(batch: list[Task], drafter: Drafter) -> tuple[Shapes, bool, bool]:
     """Returns what decides which compiled program a batch runs."""
     lengths = [len(task.ids) for task in batch]
     new = max(task.max_new_tokens for task in batch)
-    columns = {name: [t.sampling[name] for t in batch] for name in batch[0].sampling}
+    columns: dict[str, Any] = {
+        name: [t.sampling[name] for t in batch] for name in batch[0].sampling
+    }
     sampler = make_sampler(len(batch), **columns)
     shapes = shapes_for(lengths, new, drafter.depth)
     return shapes, sampler.greedy, sampler.filtered

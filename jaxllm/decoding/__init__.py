@@ -1,21 +1,28 @@
 """Decoding: the protocol, the engine, verification and sampling."""
 
+from jaxllm.decoding.bound import BoundDrafter
+from jaxllm.decoding.constraints import Constraint
 from jaxllm.decoding.decode import (
+    Decoded,
     Output,
     Request,
     Snapshot,
     decode,
     decode_chunks,
+    drain,
     locate_nonfinite,
 )
 from jaxllm.decoding.engine import DecodeState, Stats, advance, prefill
 from jaxllm.decoding.protocol import Committed, Draft, Drafter, Verdict
-from jaxllm.decoding.sampling import Sampler, choose, make_sampler, warp
-from jaxllm.decoding.verify import match, match_reference
+from jaxllm.decoding.sampling import Sampler, choose, draw, make_sampler, warp
+from jaxllm.decoding.verify import match, match_reference, reject
 
 __all__ = [
+    "BoundDrafter",
     "Committed",
+    "Constraint",
     "DecodeState",
+    "Decoded",
     "Draft",
     "Drafter",
     "Output",
@@ -28,10 +35,13 @@ __all__ = [
     "choose",
     "decode",
     "decode_chunks",
+    "drain",
+    "draw",
     "locate_nonfinite",
     "make_sampler",
     "match",
     "match_reference",
     "prefill",
+    "reject",
     "warp",
 ]

@@ -19,9 +19,18 @@ from jaxllm.decoding.buckets import shapes_for
 from jaxllm.decoding.engine import DecodeState, Stats, advance, prefill
 from jaxllm.decoding.protocol import Committed, Drafter, Params
 from jaxllm.decoding.sampling import Sampler
+from jaxllm.decoding.verify import check_verifier
 from jaxllm.models.freeze import Context, Model
 
-__all__ = ["Output", "Request", "Snapshot", "decode", "decode_chunks"]
+__all__ = [
+    "Decoded",
+    "Output",
+    "Request",
+    "Snapshot",
+    "decode",
+    "decode_chunks",
+    "drain",
+]
 
 STEPS_PER_CALL = 64
 
@@ -73,14 +82,28 @@ class Output:
       logprobs: Log-probability of each under the target, before temperature and
         filters.
       ended: Whether an end token stopped the row.
-      stats: Counts of the row: `target_passes`, `emitted`, `drafted` as int and
-        `accepted`, `tested` as lists by depth.
+      stats: Counts of the row: `target_passes`, `emitted`, `drafted` as int,
+        `accepted`, `tested` as lists by depth, and by level of an inner model
+        `draft_passes` (its forwards) and `draft_tokens` (what these ran).
     """
 
     token_ids: list[int]
     logprobs: list[float]
     ended: bool
     stats: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """What a batch gave: an output for each row, and what the drafter has learned.
+
+    Attributes:
+      outputs: One a row.
+      drafter: The drafter's parameters for the next batch.
+    """
+
+    outputs: list[Output]
+    drafter: Any
 
 
 def check(model: Model, request: Request) -> None:
@@ -134,6 +157,11 @@ def decode(
 ) -> list[Output]:
     """Decodes a batch to its end; arguments as for `decode_chunks`."""
     run = decode_chunks(model, params, request, drafter=drafter, watch=watch)
+    return drain(run).outputs
+
+
+def drain(run: Generator[Snapshot, None, Decoded]) -> Decoded:
+    """Runs `decode_chunks` to its end."""
     while True:
         try:
             next(run)
@@ -149,12 +177,12 @@ def decode_chunks(
     drafter: Drafter,
     watch: Watch | None = None,
     cache_dtype: Any = None,
-) -> Generator[Snapshot, None, list[Output]]:
+) -> Generator[Snapshot, None, Decoded]:
     """Decodes a batch, handing out what there is after every dispatch.
 
     Args:
       model: The target.
-      params: `{"target", "drafter"}`.
+      params: `{"target", "drafter"}`, and `"constraint"` if there is one.
       request: The batch.
       drafter: Bound drafter.
       watch: Looks at each snapshot and says which rows shall stop (stop strings).
@@ -164,12 +192,13 @@ def decode_chunks(
       A snapshot after every dispatch.
 
     Returns:
-      The outputs, as the generator's value.
+      The outputs and what the drafter learned, as the generator's value.
 
     Raises:
       UserError: The request is wrong, or logits were not finite.
     """
     check(model, request)
+    check_verifier(drafter, request.sampler)
     rope_length = _rope_length(model, request)
     state, sampler, shapes = _start(
         model, params, request, drafter, cache_dtype, rope_length
@@ -201,7 +230,8 @@ def decode_chunks(
                     state, done_B=state.done_B | jnp.asarray(stopped)
                 )
                 done = done | stopped[:count]
-    return _outputs(state, request)
+    learned = drafter.learned(params["drafter"], state.drafter)
+    return Decoded(_outputs(state, request), learned)
 
 
 def _rope_length(model: Model, request: Request) -> int:
@@ -238,6 +268,8 @@ def _start(
         jnp.asarray(tokens_BS),
         jnp.asarray(length_B),
         row_keys(np.asarray([*request.seeds, *[0] * fill], np.uint32)),
+        sampler,
+        jnp.asarray(length_B),
     )
     state = prefill(
         params,
@@ -296,8 +328,13 @@ def _outputs(state: DecodeState, request: Request) -> list[Output]:
 
 
 def _row_stats(stats: Stats, row: int) -> dict[str, Any]:
-    names = {f.name: getattr(stats, f.name)[row] for f in dataclasses.fields(stats)}
-    return {name.rsplit("_", 1)[0]: x.tolist() for name, x in names.items()}
+    fields = {f.name: getattr(stats, f.name) for f in dataclasses.fields(stats)}
+    inner = fields.pop("inner")
+    return {
+        **{name.rsplit("_", 1)[0]: x[row].tolist() for name, x in fields.items()},
+        "draft_passes": {name: int(x[row, 0]) for name, x in inner.items()},
+        "draft_tokens": {name: int(x[row, 1]) for name, x in inner.items()},
+    }
 
 
 def _raise_nonfinite(model: Model, params: Any, state: DecodeState) -> None:

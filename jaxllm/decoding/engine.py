@@ -18,9 +18,19 @@ from jax import Array
 from jaxllm.attention.cache import Cache
 from jaxllm.attention.masks import CAUSAL, ancestor, ancestors_of
 from jaxllm.core.pytree import pytree_dataclass
-from jaxllm.decoding.protocol import Committed, Draft, Drafter, Params, Verdict
+from jaxllm.decoding.constraints import constrain, follow
+from jaxllm.decoding.feed import feed
+from jaxllm.decoding.penalties import penalize
+from jaxllm.decoding.protocol import (
+    Committed,
+    Counts,
+    Draft,
+    Drafter,
+    Params,
+    Verdict,
+)
 from jaxllm.decoding.sampling import Sampler
-from jaxllm.decoding.verify import match
+from jaxllm.decoding.verify import verify
 from jaxllm.models.freeze import Context, Forward, Model
 
 __all__ = ["DecodeState", "Stats", "advance", "prefill"]
@@ -38,6 +48,7 @@ class Stats:
         and limits cut; entry 0 counts passes.
       tested_BJ: How often a proposal at depth j was tested: j - 1 were accepted and
         there was one at depth j; entry 0 counts passes.
+      inner: Forwards of inner models, and tokens that these ran for the row.
     """
 
     target_passes_B: Array
@@ -45,6 +56,7 @@ class Stats:
     drafted_B: Array
     accepted_BJ: Array
     tested_BJ: Array
+    inner: Counts
 
 
 @pytree_dataclass
@@ -61,6 +73,7 @@ class DecodeState:
       logprob_BS: Log-probability of each emitted token under the target, before
         temperature and filters; stands at the token's slot.
       stats: Counts.
+      constraint: State of the constraint at the pending token; empty without one.
     """
 
     committed: Committed
@@ -71,6 +84,7 @@ class DecodeState:
     finite_B: Array
     logprob_BS: Array
     stats: Stats
+    constraint: Any = ()
 
 
 @functools.partial(
@@ -109,61 +123,60 @@ def prefill(
     target = params["target"]
     rows, slots = committed.tokens_BS.shape
     count_B = jnp.maximum(committed.length_B - 1, 0)
-    padded = jnp.pad(committed.tokens_BS, ((0, 0), (0, chunk)))
-    keep = drafter.prompt_hidden
-    hidden = jnp.zeros((rows, slots if keep else 0, model.config.width), jnp.float32)
-    hidden = hidden.astype(model.policy.compute)
-    aux = {name: hidden for name in drafter.collect if name.startswith("hidden:")}
+    whole = drafter.prompt_hidden
+    collect = tuple(n for n in drafter.collect if n.startswith("hidden:"))
+    zeros = jnp.zeros((rows, slots if whole else 1, model.config.width), jnp.float32)
+    zeros = zeros.astype(model.policy.compute)
 
-    def place(buffer: Array, x: Array, start: Array) -> Array:
-        slot = start + jnp.arange(chunk)
-        return buffer.at[:, slot].set(x.astype(buffer.dtype), mode="drop")
+    def keep(kept: Any, start_B: Array, x_BCD: Array, aux: dict[str, Array]) -> Any:
+        slot_BC = start_B[:, None] + jnp.arange(chunk)
+        if not whole:
+            # Of the last position only; the other slots fall out of the buffer.
+            slot_BC = jnp.where(slot_BC == count_B[:, None] - 1, 0, 1)
+        row_B1 = jnp.arange(rows)[:, None]
 
-    def body(carry: Any, empty: bool = False) -> Any:
-        start, cache, hidden, aux = carry
-        tokens_BC = jax.lax.dynamic_slice_in_dim(padded, start, chunk, axis=1)
-        position_C = start + jnp.arange(chunk, dtype=jnp.int32)
-        context = Context(
-            positions_BT=jnp.broadcast_to(position_C, (rows, chunk)),
-            valid_BT=position_C < count_B[:, None],
-            mask=CAUSAL,
-            cache=None if empty else cache,
-            collect=tuple(aux) if keep else (),
-            rope_length=rope_length or slots,
-        )
-        x = model.embed(target, tokens_BC, context.positions_BT)
-        x, new_kv, collected = model.run_layers(target, x, context)
-        cache = cache.append(new_kv, count_B=jnp.clip(count_B - start, 0, chunk))
-        if keep:
-            hidden = place(hidden, x, start)
-            aux = {name: place(aux[name], collected[name], start) for name in aux}
-        return start + chunk, cache, hidden, aux
+        def place(buffer: Array, x: Array) -> Array:
+            return buffer.at[row_B1, slot_BC].set(x.astype(buffer.dtype), mode="drop")
 
-    # The first chunk attends to itself only: the cache is still empty.
-    carry = body((jnp.int32(0), cache, hidden, aux), empty=True)
-    if slots > chunk:
-        longest = jnp.max(count_B)
-        carry = jax.lax.while_loop(lambda c: c[0] < longest, body, carry)
-    _, cache, hidden, aux = carry
+        hidden, collected = kept
+        return place(hidden, x_BCD), {n: place(collected[n], aux[n]) for n in collected}
+
+    cache, (hidden, aux) = feed(
+        model,
+        target,
+        committed.tokens_BS,
+        cache,
+        count_B,
+        chunk=chunk,
+        rope_length=rope_length or slots,
+        empty=True,
+        collect=collect,
+        keep=keep,
+        kept=(zeros, {name: zeros for name in collect}),
+    )
     no_logits = jnp.zeros((rows, 0, model.config.vocabulary), jnp.float32)
     forward = Forward(no_logits, hidden, (), aux)
+    drafter_state = drafter.init(params, committed, forward)
+    constraint = params.get("constraint")
     return DecodeState(
         committed=committed,
         cache=cache,
-        drafter=drafter.init(params, committed, forward),
+        drafter=drafter_state,
         limit_B=limit_B,
         done_B=done_B | (committed.length_B >= limit_B),
         finite_B=jnp.ones((rows,), bool),
         logprob_BS=jnp.zeros((rows, slots), jnp.float32),
-        stats=no_stats(rows, drafter.depth + 1),
+        stats=no_stats(rows, drafter.depth + 1, drafter.counts(drafter_state)),
+        constraint=() if constraint is None else constraint.init(rows),
     )
 
 
-def no_stats(rows: int, path: int) -> Stats:
+def no_stats(rows: int, path: int, inner: Counts) -> Stats:
     """Returns the counts before the first step; `path` is J."""
     zero_B = jnp.zeros((rows,), jnp.int32)
     zero_BJ = jnp.zeros((rows, path), jnp.int32)
-    return Stats(zero_B, zero_B, zero_B, zero_BJ, zero_BJ)
+    none = jax.tree.map(jnp.zeros_like, inner)
+    return Stats(zero_B, zero_B, zero_B, zero_BJ, zero_BJ, none)
 
 
 @functools.partial(
@@ -194,25 +207,44 @@ def advance(
       drafter: Bound drafter.
       rope_length: As in `Context`.
     """
+    Carry = tuple[Array, DecodeState]
+    variants = drafter.variants
 
-    def more(carry: tuple[Array, DecodeState]) -> Array:
+    def more(carry: Carry) -> Array:
         count, state = carry
         return (count < steps) & jnp.any(~state.done_B)
 
-    def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-        count, state = carry
-        state = step(
-            params,
-            state,
-            sampler,
-            eos_E,
-            model=model,
-            drafter=drafter,
-            rope_length=rope_length,
-        )
-        return count + 1, state
+    def loop(index: int, carry: Carry) -> Carry:
+        """Steps with one variant for as long as it is the one selected."""
 
-    return jax.lax.while_loop(more, body, (jnp.int32(0), state))[1]
+        def mine(carry: Carry) -> Array:
+            return more(carry) & (drafter.select(carry[1].drafter) == index)
+
+        def body(carry: Carry) -> Carry:
+            count, state = carry
+            state = step(
+                params,
+                state,
+                sampler,
+                eos_E,
+                model=model,
+                drafter=variants[index],
+                rope_length=rope_length,
+            )
+            return count + 1, state
+
+        return jax.lax.while_loop(more if len(variants) == 1 else mine, body, carry)
+
+    # Loops in a loop, not branches: a loop updates its carry in place.
+    def turn(carry: Carry) -> Carry:
+        for index in range(len(variants)):
+            carry = loop(index, carry)
+        return carry
+
+    carry = (jnp.int32(0), state)
+    if len(variants) == 1:
+        return loop(0, carry)[1]
+    return jax.lax.while_loop(more, turn, carry)[1]
 
 
 def step(
@@ -244,25 +276,42 @@ def step(
         forward = model(params["target"], draft.tokens_BM, context)
     else:
         forward = drafter.forward(params, drafter_state, draft, context)
-    verdict = match(draft, forward.logits_BTV, sampler, committed, depth=drafter.depth)
-    new = _emit(state, draft, verdict, forward.logits_BTV, eos_E)
+    logits_BMV, stuck_BM = forward.logits_BTV, jnp.zeros_like(draft.valid_BM)
+    if sampler.penalized:
+        logits_BMV = penalize(logits_BMV, draft, committed, sampler)
+    constraint, constraint_state = params.get("constraint"), state.constraint
+    if constraint is not None:
+        logits_BMV, stuck_BM, states = constrain(
+            constraint, constraint_state, draft, logits_BMV, eos_E
+        )
+    verdict = verify(draft, logits_BMV, sampler, committed, depth=drafter.depth)
+    if constraint is not None:
+        constraint_state = follow(
+            constraint, states, verdict.path_BJ[:, -1], verdict.next_token_B
+        )
+    new = _emit(state, draft, verdict, forward.logits_BTV, eos_E, stuck_BM)
     cache = state.cache.append(
-        forward.new_kv, verdict.path_BJ, new.length_B - committed.length_B
+        forward.new_kv, verdict.path_BJ, new.committed.length_B - committed.length_B
     )
-    grown = dataclasses.replace(
-        committed, tokens_BS=new.tokens_BS, length_B=new.length_B
+    observed = drafter.observe(
+        params, drafter_state, new.committed, draft, verdict, forward
     )
-    observed = drafter.observe(params, drafter_state, grown, draft, verdict, forward)
+    inner = _gained(drafter.counts(state.drafter), drafter.counts(observed))
     return DecodeState(
-        committed=grown,
+        committed=new.committed,
         cache=cache,
         drafter=observed,
         limit_B=state.limit_B,
         done_B=new.done_B,
         finite_B=new.finite_B,
         logprob_BS=new.logprob_BS,
-        stats=_count(state, draft, verdict, new.length_B),
+        stats=_count(state, draft, verdict, new.committed.length_B, inner),
+        constraint=constraint_state,
     )
+
+
+def _gained(before: Counts, after: Counts) -> Counts:
+    return {level: after[level] - before[level] for level in after}
 
 
 def _mask(draft: Draft) -> Any:
@@ -273,8 +322,7 @@ def _mask(draft: Draft) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Emitted:
-    tokens_BS: Array
-    length_B: Array
+    committed: Committed
     done_B: Array
     finite_B: Array
     logprob_BS: Array
@@ -286,8 +334,12 @@ def _emit(
     verdict: Verdict,
     logits_BMV: Array,
     eos_E: Array,
+    stuck_BM: Array,
 ) -> _Emitted:
-    """Writes the accepted tokens and the next one, cut at eos and at the limit."""
+    """Writes the accepted tokens and the next one, cut at eos and at the limit.
+
+    Nothing is written behind a node that is stuck: its row ends there.
+    """
     committed = state.committed
     path_BJ, accepted_B = verdict.path_BJ, verdict.num_accepted_B
     rows, slots = committed.tokens_BS.shape
@@ -306,6 +358,11 @@ def _emit(
     room_B = state.limit_B - committed.length_B
     ended_B &= count_B <= room_B
     count_B = jnp.minimum(count_B, room_B)
+    stuck_BJ = jnp.take_along_axis(stuck_BM, path_BJ, axis=1) & (
+        index_J < count_B[:, None]
+    )
+    ended_B |= stuck_BJ.any(axis=1)
+    count_B = jnp.where(stuck_BJ.any(axis=1), jnp.argmax(stuck_BJ, axis=1), count_B)
     count_B = jnp.where(state.done_B, 0, count_B).astype(jnp.int32)
 
     logits_BJV = jnp.take_along_axis(logits_BMV, path_BJ[..., None], axis=1)
@@ -317,18 +374,21 @@ def _emit(
     finite_B = jnp.where(written_BJ, jnp.isfinite(total_BJ), True).all(axis=1)
     slot_BJ = jnp.where(written_BJ, committed.length_B[:, None] + index_J, slots)
     row_B1 = jnp.arange(rows)[:, None]
-    length_B = committed.length_B + count_B
+    grown = committed.extend(block_BJ, count_B)
     return _Emitted(
-        tokens_BS=committed.tokens_BS.at[row_B1, slot_BJ].set(block_BJ, mode="drop"),
-        length_B=length_B,
-        done_B=state.done_B | ended_B | (length_B >= state.limit_B) | ~finite_B,
+        committed=grown,
+        done_B=state.done_B | ended_B | (grown.length_B >= state.limit_B) | ~finite_B,
         finite_B=state.finite_B & finite_B,
         logprob_BS=state.logprob_BS.at[row_B1, slot_BJ].set(logprob_BJ, mode="drop"),
     )
 
 
 def _count(
-    state: DecodeState, draft: Draft, verdict: Verdict, length_B: Array
+    state: DecodeState,
+    draft: Draft,
+    verdict: Verdict,
+    length_B: Array,
+    inner: Counts,
 ) -> Stats:
     """Adds one step to the counts of the rows that were active in it."""
     stats, active_B = state.stats, (~state.done_B).astype(jnp.int32)
@@ -343,4 +403,5 @@ def _count(
         drafted_B=stats.drafted_B + active_B * (draft.valid_BM.sum(axis=1) - 1),
         accepted_BJ=stats.accepted_BJ + active_B[:, None] * reached_BJ,
         tested_BJ=stats.tested_BJ + active_B[:, None] * tested_BJ,
+        inner={n: stats.inner[n] + active_B[:, None] * inner[n] for n in inner},
     )

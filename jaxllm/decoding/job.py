@@ -9,15 +9,16 @@ import jax
 
 from jaxllm.checkpoints import LanguageModel
 from jaxllm.core.errors import ConfigError, UserError
+from jaxllm.decoding.bound import BoundDrafter
 from jaxllm.decoding.buckets import prompt_bucket
 from jaxllm.decoding.decode import (
     STEPS_PER_CALL,
     Output,
     Request,
     Snapshot,
-    decode,
+    decode_chunks,
+    drain,
 )
-from jaxllm.decoding.protocol import Drafter
 from jaxllm.decoding.stopping import StopText
 
 __all__ = ["BATCH", "Job", "Prompt", "Result", "column", "encode", "on_mesh"]
@@ -39,8 +40,9 @@ class Result:
       finish_reason: `"eos"`, `"stop"` or `"length"`.
       logprobs: Log-probability of each new token under the model, before temperature
         and filters.
-      stats: Counts: `target_passes`, `emitted`, `drafted`, and by depth `accepted` and
-        `tested`; `tokens_per_pass`; `acceptance_by_depth`; `seconds` of its batch.
+      stats: Counts: `target_passes`, `emitted`, `drafted`, by depth `accepted` and
+        `tested`, by level of inner models `draft_passes` and `draft_tokens`;
+        `tokens_per_pass`; `acceptance_by_depth`; `seconds` of its batch.
     """
 
     text: str
@@ -157,7 +159,11 @@ class Job:
         )
 
     def run(
-        self, params: Any, drafter: Drafter, batch: list[int], sampler: Any
+        self,
+        bound: BoundDrafter,
+        batch: list[int],
+        sampler: Any,
+        constraint: Any = None,
     ) -> tuple[list[Output], list[StopText | None]]:
         """Decodes some of the rows; a row has a reader when it may stop at strings."""
         lm = self.lm
@@ -173,14 +179,16 @@ class Job:
             return [reader is not None and reader.stopped for reader in readers]
 
         with on_mesh(lm):
-            outputs = decode(
+            chunks = decode_chunks(
                 lm.model,
-                params,
+                bound.arguments(constraint),
                 self.request(batch, sampler),
-                drafter=drafter,
+                drafter=bound.drafter,
                 watch=watch if self.stop else None,
             )
-        return outputs, readers
+            done = drain(chunks)
+        bound.params = done.drafter
+        return done.outputs, readers
 
     def result(self, output: Output, reader: StopText | None, seconds: float) -> Result:
         """Turns a row's output into a result, cut where its reader stopped."""

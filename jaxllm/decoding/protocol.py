@@ -6,17 +6,32 @@ the *pending* token: the last known one, whose keys and values are not in the ca
 Letters: B rows, S slots, M draft nodes, V vocabulary, J path length (depth + 1).
 """
 
+import dataclasses
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
 
 from jaxllm.core.pytree import pytree_dataclass
+from jaxllm.decoding.sampling import Sampler, make_sampler
 from jaxllm.models.freeze import Forward
 
-__all__ = ["Committed", "Draft", "Drafter", "Verdict"]
+__all__ = ["Committed", "Counts", "Draft", "Drafter", "Verdict", "join_counts"]
 
 Params = dict[str, Any]
+
+Counts = dict[str, Array]
+"""What inner models did since the start, by level: int32 `[B, 2]`, their forwards and
+the tokens that these ran for the row."""
+
+
+def join_counts(*parts: Counts) -> Counts:
+    """Adds the counts of several drafters."""
+    joined: Counts = {}
+    for part in parts:
+        for level, count_B2 in part.items():
+            joined[level] = joined[level] + count_B2 if level in joined else count_B2
+    return joined
 
 
 @pytree_dataclass
@@ -27,17 +42,47 @@ class Committed:
       tokens_BS: int32 prompt and output, left aligned; garbage from `length_B` on.
       length_B: int32 known tokens, the pending one included.
       row_key_B: Typed key of each row.
+      sampler: How the rows choose; greedily when None.
+      prompt_B: int32 tokens of the prompt; none when None.
     """
 
     tokens_BS: Array
     length_B: Array
     row_key_B: Array
+    sampler: Sampler | None = None
+    prompt_B: Array | None = None
 
     @property
     def pending_B(self) -> Array:
         """The last known token of each row."""
         at = jnp.maximum(self.length_B - 1, 0)[:, None]
         return jnp.take_along_axis(self.tokens_BS, at, axis=1)[:, 0]
+
+    @property
+    def choice(self) -> Sampler:
+        """How the rows choose."""
+        if self.sampler is None:
+            return make_sampler(self.length_B.shape[0])
+        return self.sampler
+
+    def extend(self, tokens_BJ: Array, count_B: Array) -> "Committed":
+        """Returns the rows grown by tokens; a combinator hands them to its parts.
+
+        Args:
+          tokens_BJ: int32 tokens behind the last known one.
+          count_B: int32, how many of them each row takes. What would stand past the
+            last slot is dropped.
+        """
+        rows, slots = self.tokens_BS.shape
+        index_J = jnp.arange(tokens_BJ.shape[1])
+        slot_BJ = self.length_B[:, None] + index_J
+        slot_BJ = jnp.where(index_J < count_B[:, None], slot_BJ, slots)
+        row_B1 = jnp.arange(rows)[:, None]
+        return dataclasses.replace(
+            self,
+            tokens_BS=self.tokens_BS.at[row_B1, slot_BJ].set(tokens_BJ, mode="drop"),
+            length_B=self.length_B + count_B,
+        )
 
 
 @pytree_dataclass
@@ -83,11 +128,14 @@ class Verdict:
       num_accepted_B: int32 accepted proposals, 0 to depth; the emitted tokens are those
         and then `next_token_B`.
       next_token_B: int32 the target's own token after the path.
+      chosen_BM: int32 what the target would choose after every node; its iterate, in
+        the words of Jacobi decoding.
     """
 
     path_BJ: Array
     num_accepted_B: Array
     next_token_B: Array
+    chosen_BM: Array
 
 
 class Drafter:
@@ -100,16 +148,29 @@ class Drafter:
     Attributes:
       nodes: M, nodes of every draft, the pending one included.
       depth: Most proposals on one path; J = depth + 1.
+      tree: Whether drafts have parents; a chain has none.
       collect: Names that the target's forward shall collect into `aux`.
       prompt_hidden: Whether `init` needs the hidden states of the whole prompt.
+      variants: Drafters with the same state, one of which runs each step; `select`
+        says which. Most have one, themselves.
     """
 
     nodes: int
     depth: int
+    tree: bool = False
     collect: ClassVar[tuple[str, ...]] = ()
     prompt_hidden: ClassVar[bool] = False
     forward: ClassVar[Any] = None
     """`forward(params, state, draft, context) -> Forward`; the target's when None."""
+
+    @property
+    def variants(self) -> tuple["Drafter", ...]:
+        """See the class; the deepest has this drafter's depth."""
+        return (self,)
+
+    def select(self, state: Any) -> Array:
+        """Returns int32, the variant that runs the next step of the whole batch."""
+        return jnp.int32(0)
 
     def bind(self, lm: Any) -> tuple["Drafter", Any]:
         """Prepares for a model, on the host: loads files, checks tokenizers.
@@ -129,7 +190,8 @@ class Drafter:
           params: Parameters of target and drafter.
           committed: The prompts.
           prefill: Forward of `prompt[:-1]`: `hidden_BTD` at prompt positions when
-            `prompt_hidden`, else of no position; `logits_BTV` is empty.
+            `prompt_hidden`, else `[B, 1, D]` at the last of them (zeros for a prompt
+            of one token); `logits_BTV` is empty.
         """
         return ()
 
@@ -150,3 +212,18 @@ class Drafter:
     ) -> Any:
         """Returns the state after a step; `committed` holds the emitted tokens."""
         return state
+
+    def counts(self, state: Any) -> Counts:
+        """Returns what inner models have done so far."""
+        return {}
+
+    def learned(self, params: Any, state: Any) -> Any:
+        """Returns the drafter's parameters with what it learned in a batch.
+
+        An online drafter starts the next batch with them, and they can be saved.
+
+        Args:
+          params: The drafter's own parameters.
+          state: After the batch.
+        """
+        return params

@@ -1,6 +1,8 @@
 """From logits to a choice: greedy, temperature, top-k, top-p, min-p.
 
-Letters: B rows, M nodes, V vocabulary.
+The target and a drafter that has logits choose through the same functions.
+
+Letters: B rows, M nodes, V vocabulary, W draft width.
 """
 
 import math
@@ -16,7 +18,22 @@ from jaxllm.core.errors import ConfigError
 from jaxllm.core.pytree import pytree_dataclass, static
 from jaxllm.core.rng import position_gumbel
 
-__all__ = ["Sampler", "choose", "make_sampler", "scored", "warp"]
+__all__ = [
+    "VERIFIERS",
+    "Sampler",
+    "candidates",
+    "choose",
+    "draw",
+    "make_sampler",
+    "scored",
+    "warp",
+]
+
+VERIFIERS = ("match", "reject")
+
+# Streams of a row's key: noise that drafter and target share, and noise that a
+# rejection test needs to be independent of everything else.
+SHARED_STREAM, DRAFT_STREAM, TEST_STREAM, RESIDUAL_STREAM = range(4)
 
 
 @pytree_dataclass
@@ -28,16 +45,30 @@ class Sampler:
       top_k_B: int32; 0 keeps all.
       top_p_B: float32 in (0, 1].
       min_p_B: float32 in [0, 1).
+      repetition_B: float32 above 0; divides the positive logits, and multiplies the
+        negative ones, of every token of prompt and output. 1 does nothing.
+      presence_B: float32; subtracted from the logits of every token of the output.
       greedy: Whether all rows are greedy, so that no noise is drawn.
       filtered: Whether some row filters, so that the vocabulary is sorted.
+      penalized: Whether some row penalizes, so that tokens are looked up.
+      verify: `"match"` or `"reject"`.
     """
 
     temperature_B: Array
     top_k_B: Array
     top_p_B: Array
     min_p_B: Array
+    repetition_B: Array
+    presence_B: Array
     greedy: bool = static(default=True)
     filtered: bool = static(default=False)
+    penalized: bool = static(default=False)
+    verify: str = static(default="match")
+
+    @property
+    def rejects(self) -> bool:
+        """Whether tokens are drawn apart from the drafter's noise, and tested."""
+        return self.verify == "reject" and not self.greedy
 
 
 def make_sampler(
@@ -47,6 +78,9 @@ def make_sampler(
     top_k: int | Sequence[int] = 0,
     top_p: float | Sequence[float] = 1.0,
     min_p: float | Sequence[float] = 0.0,
+    repetition_penalty: float | Sequence[float] = 1.0,
+    presence_penalty: float | Sequence[float] = 0.0,
+    verify: str = "match",
 ) -> Sampler:
     """Makes a sampler after checking every value.
 
@@ -56,10 +90,21 @@ def make_sampler(
       top_k: Keeps the k likeliest tokens; 0 keeps all.
       top_p: Keeps the smallest set of likeliest tokens with this probability.
       min_p: Keeps tokens at least this likely relative to the likeliest.
+      repetition_penalty: Above 1 makes every token of prompt and output less likely.
+      presence_penalty: Subtracted from the logits of every token of the output.
+      verify: `"match"`, or `"reject"` for the rejection rule (chains only).
 
     Raises:
       ConfigError: A value is out of range.
+
+    Source: repetition penalty: CTRL (arXiv 1909.05858) section 4.1, as in Hugging Face
+      (tokens of the prompt count); presence penalty: as in vLLM (they do not).
     """
+    if verify not in VERIFIERS:
+        raise ConfigError(
+            f"cannot verify: verify is {verify!r}, expected one of "
+            f"{', '.join(VERIFIERS)}. Correct --verify."
+        )
 
     def spread(name: str, values: Any, dtype: Any, low: float, high: float) -> Any:
         given = np.broadcast_to(np.asarray(values), (rows,))
@@ -76,14 +121,22 @@ def make_sampler(
     top_k_B = spread("top_k", top_k, np.int32, 0, 2**31 - 1)
     top_p_B = spread("top_p", top_p, np.float32, 1e-6, 1)
     min_p_B = spread("min_p", min_p, np.float32, 0, 1 - 1e-6)
+    repetition_B = spread(
+        "repetition_penalty", repetition_penalty, np.float32, 1e-2, 1e2
+    )
+    presence_B = spread("presence_penalty", presence_penalty, np.float32, -100, 100)
     filters = (top_k_B > 0) | (top_p_B < 1) | (min_p_B > 0)
     return Sampler(
         jnp.asarray(temperature_B),
         jnp.asarray(top_k_B),
         jnp.asarray(top_p_B),
         jnp.asarray(min_p_B),
+        jnp.asarray(repetition_B),
+        jnp.asarray(presence_B),
         greedy=bool((temperature_B == 0).all()),
         filtered=bool((filters & (temperature_B > 0)).any()),
+        penalized=bool((repetition_B != 1).any() or (presence_B != 0).any()),
+        verify=verify,
     )
 
 
@@ -128,7 +181,11 @@ def _filter(scaled: Array, sampler: Sampler) -> Array:
 
 
 def scored(
-    logits_BMV: Array, position_BM: Array, row_key_B: Array, sampler: Sampler
+    logits_BMV: Array,
+    position_BM: Array,
+    row_key_B: Array,
+    sampler: Sampler,
+    stream: int = SHARED_STREAM,
 ) -> Array:
     """Returns what a choice maximises: `warp(logits) + noise`, `[B, M, V]` float32.
 
@@ -136,10 +193,21 @@ def scored(
     """
     scores = warp(logits_BMV, sampler)
     if not sampler.greedy:
-        noise = position_gumbel(row_key_B, position_BM, logits_BMV.shape[-1])
+        key_B = stream_keys(row_key_B, stream)
+        noise = position_gumbel(key_B, position_BM, logits_BMV.shape[-1])
         warm = sampler.temperature_B[:, None, None] > 0
         scores = scores + jnp.where(warm, noise, 0.0)
     return scores
+
+
+def stream_keys(row_key_B: Array, stream: int) -> Array:
+    """Returns the rows' keys of an independent stream of noise."""
+    if stream == SHARED_STREAM:
+        return row_key_B
+    # Positions count up from 0 and are folded in likewise; these count down.
+    return jax.vmap(lambda key: jax.random.fold_in(key, np.uint32(2**32 - stream)))(
+        row_key_B
+    )
 
 
 def choose(
@@ -163,3 +231,68 @@ def choose(
     """
     scores = scored(logits_BMV, position_BM, row_key_B, sampler)
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+
+def draw(
+    logits_BMV: Array, position_BM: Array, row_key_B: Array, sampler: Sampler
+) -> tuple[Array, Array | None]:
+    """Draws a drafter's token of every position.
+
+    Under `match` with the target's own noise, so that the two agree as often as their
+    logits allow. Under `reject` with noise of its own, and the distribution that the
+    tokens were drawn from comes with them.
+
+    Args:
+      logits_BMV: float32 logits of the drafter.
+      position_BM: int32 absolute positions of the tokens to be drawn.
+      row_key_B: Typed keys.
+      sampler: The rows' options.
+
+    Returns:
+      int32 tokens `[B, M]`, and float32 log-probabilities `[B, M, V]` or None.
+    """
+    if not sampler.rejects:
+        return choose(logits_BMV, position_BM, row_key_B, sampler), None
+    scores = scored(logits_BMV, position_BM, row_key_B, sampler, DRAFT_STREAM)
+    tokens_BM = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    return tokens_BM, log_probabilities(logits_BMV, sampler)
+
+
+def log_probabilities(logits_BMV: Array, sampler: Sampler) -> Array:
+    """Returns the distribution that is sampled from; one-hot for a greedy row."""
+    log_p = jax.nn.log_softmax(warp(logits_BMV, sampler), axis=-1)
+    top = jnp.argmax(logits_BMV, axis=-1, keepdims=True)
+    sure = jnp.where(jnp.arange(logits_BMV.shape[-1]) == top, 0.0, -jnp.inf)
+    return jnp.where(sampler.temperature_B[:, None, None] > 0, log_p, sure)
+
+
+def candidates(
+    logits_BMV: Array,
+    position_BM: Array,
+    row_key_B: Array,
+    sampler: Sampler,
+    width: int,
+) -> tuple[Array, Array]:
+    """Returns a tree drafter's best tokens of every position, best first.
+
+    Ranked by logits plus the target's noise: `width` tokens drawn without replacement
+    in the order in which the target would prefer them.
+
+    Args:
+      logits_BMV: float32 logits of the drafter.
+      position_BM: int32 absolute positions of the tokens.
+      row_key_B: Typed keys.
+      sampler: The rows' options.
+      width: W.
+
+    Returns:
+      int32 tokens `[B, M, W]` and float32 `[B, M, W]`, the log of how sure the drafter
+      is of each (its share of the exponentiated scores).
+
+    Source: EAGLE-2 (arXiv 2406.16858) section 4 for the use of the confidence; the
+      noise is ours.
+    """
+    scores = scored(logits_BMV, position_BM, row_key_B, sampler)
+    top, tokens_BMW = jax.lax.top_k(scores, width)
+    sure_BMW = top - jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    return tokens_BMW.astype(jnp.int32), sure_BMW

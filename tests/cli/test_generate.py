@@ -265,9 +265,9 @@ def test_values_that_are_not_finite_fail_their_rows(generate, tmp_path):
             "these.",
         ),
         (
-            ["--prompt=a", "--decode=autoregressive:width=x"],
-            "bad value: autoregressive.width: 'x', expected int. Write a value of that "
-            "type.",
+            ["--prompt=a", "--decode=autoregressive:query_width=x"],
+            "bad value: autoregressive.query_width: 'x', expected int. Write a value "
+            "of that type.",
         ),
         (
             ["--prompt=a", "--kv_dtype=float8"],

@@ -47,7 +47,7 @@ def test_tokens_are_those_of_plain_decoding(name, temperature, rows, weights) ->
     drafter = build(name, METHODS, {Drafter: METHODS})
     options = {"max_new_tokens": 13, "temperature": temperature, "seed": 5}
     lm = toy_lm(weights)
-    plain = Autoregressive(width=drafter.bind(lm)[0].nodes)
+    plain = Autoregressive(query_width=drafter.bind(lm)[0].nodes)
     expected = jaxllm.generate(lm, prompts(rows), drafter=plain, **options)
     found = jaxllm.generate(lm, prompts(rows), decode=name, **options)
     assert [r.token_ids for r in found] == [r.token_ids for r in expected]

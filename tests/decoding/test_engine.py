@@ -204,7 +204,7 @@ def test_eos_inside_an_accepted_block() -> None:
 
 def test_width_pads_without_changing_tokens() -> None:
     request = request_of(prompts_of(3, 8), 12, temperature=1.0)
-    plain, wide = run(request), run(request, Autoregressive(width=8))
+    plain, wide = run(request), run(request, Autoregressive(query_width=8))
     for a, b in zip(plain, wide, strict=True):
         assert a.token_ids == b.token_ids
         assert b.stats["drafted"] == 0
@@ -213,7 +213,7 @@ def test_width_pads_without_changing_tokens() -> None:
 def test_chain_equals_plain_decoding_of_its_width() -> None:
     prompts = prompts_of(3, 8)
     request = request_of(prompts, 12)
-    wide = run(request, Autoregressive(width=4))
+    wide = run(request, Autoregressive(query_width=4))
     answers = tuple(tuple(o.token_ids) for o in wide)
     drafted = run(request, Replay(answers, (3, 8), depth=3))
     for a, b in zip(drafted, wide, strict=True):

@@ -16,7 +16,7 @@ def test_proposes_the_pending_token_alone(width) -> None:
         jnp.asarray([3, 1]),
         row_keys(jnp.arange(2)),
     )
-    drafter = Autoregressive(width=width)
+    drafter = Autoregressive(query_width=width)
     _, draft = drafter.propose({}, (), committed)
     assert draft.tokens_BM.shape == (2, width) == (2, drafter.nodes)
     assert draft.tokens_BM[:, 0].tolist() == [6, 7]
@@ -26,6 +26,6 @@ def test_proposes_the_pending_token_alone(width) -> None:
 
 
 def test_is_registered_under_its_name() -> None:
-    built = build("autoregressive:width=4", METHODS, {Drafter: METHODS})
-    assert built == Autoregressive(width=4)
-    assert hash(built) == hash(Autoregressive(width=4))
+    built = build("autoregressive:query_width=4", METHODS, {Drafter: METHODS})
+    assert built == Autoregressive(query_width=4)
+    assert hash(built) == hash(Autoregressive(query_width=4))
