@@ -74,27 +74,25 @@ flags.DEFINE_integer("steps", 0, "Length of the run in optimizer steps.")
 
 SAMPLE_PROMPT = "Once upon a time"
 VALIDATION_CHARACTERS = 200_000
-DECODER = DecoderConfig(
-    vocabulary=2048,
-    width=256,
-    num_layers=4,
-    max_positions=1024,
-    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=64),
-    mlp=MlpConfig(hidden=512),
-    norm=NormConfig(eps=1e-5),
-    ropes=(RopeConfig(rotary_dim=64),),
-    tied_head=True,
-)
-DECODERS = {
-    "demo": DECODER,
-    "demo-draft": dataclasses.replace(
-        DECODER,
-        width=128,
-        num_layers=2,
-        attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=64),
-        mlp=MlpConfig(hidden=256),
-    ),
-}
+
+
+def decoder(width: int, num_layers: int) -> DecoderConfig:
+    return DecoderConfig(
+        vocabulary=2048,
+        width=width,
+        num_layers=num_layers,
+        max_positions=1024,
+        attention=AttentionConfig(
+            num_heads=width // 64, num_kv_heads=width // 128, head_dim=64
+        ),
+        mlp=MlpConfig(hidden=2 * width),
+        norm=NormConfig(eps=1e-5),
+        ropes=(RopeConfig(rotary_dim=64),),
+        tied_head=True,
+    )
+
+
+DECODERS = {"demo": decoder(256, 4), "demo-draft": decoder(128, 2)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +113,7 @@ class DemoConfig:
       seed: Of the first weights and of the order of stories.
     """
 
-    decoder: DecoderConfig = DECODER
+    decoder: DecoderConfig = DECODERS["demo"]
     batch_tokens: int = 6144
     chunk_tokens: int = 1024
     row_lengths: tuple[tuple[float, int], ...] = ((0.0, 256), (0.7, 512))
@@ -349,7 +347,7 @@ def prepare(config: DemoConfig, data: Path, output: Path) -> tuple[Any, Trainer,
     valid = read_text(data / "tinystories_valid.txt.gz")
     stories = read_stories(read_text(data / "tinystories_train.txt.gz"), valid)
     path = output / "tokenizer.json"
-    if config.decoder != DECODER:
+    if config.decoder != DECODERS["demo"]:
         path = shipped_models()["demo"] / "tokenizer.json"
     if not path.exists():
         train_tokenizer(stories, config.decoder.vocabulary).save(str(path))
