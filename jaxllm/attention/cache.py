@@ -24,7 +24,13 @@ NewKV = tuple[tuple[Array, Array] | None, ...]
 class Cache(Protocol):
     """What a forward and the engine know of a cache."""
 
-    length_B: Array
+    @property
+    def length_B(self) -> Array:
+        """Valid slots of each row."""
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a row."""
 
     def segments(self, stack: int, layer: Array | int) -> tuple[Segment, ...]:
         """Returns what a layer attends to beside its own new keys."""

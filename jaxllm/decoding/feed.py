@@ -4,7 +4,7 @@ Letters: B rows, S slots, C chunk, D width.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxllm.models.freeze import Context, Model
 
 __all__ = ["feed", "feed_chunk"]
 
+C = TypeVar("C", bound=Cache)
 Keep = Callable[[Any, Array, Array, dict[str, Array]], Any]
 
 
@@ -23,7 +24,7 @@ def feed_chunk(
     model: Model,
     params: Any,
     tokens_BS: Array,
-    cache: Cache,
+    cache: C,
     upto_B: Array,
     *,
     chunk: int,
@@ -31,7 +32,7 @@ def feed_chunk(
     stop: int | None = None,
     empty: bool = False,
     collect: tuple[str, ...] = (),
-) -> tuple[Cache, Array, dict[str, Array]]:
+) -> tuple[C, Array, dict[str, Array]]:
     """Runs the next C tokens of every row, from where its cache ends.
 
     Args:
@@ -64,14 +65,15 @@ def feed_chunk(
     x_BCD = model.embed(params, tokens_BC, context.positions_BT)
     x_BCD, new_kv, aux = model.run_layers(params, x_BCD, context, 0, stop)
     count_B = jnp.clip(upto_B - cache.length_B, 0, chunk)
-    return cache.append(new_kv, count_B=count_B), x_BCD, aux
+    grown: Any = cache.append(new_kv, count_B=count_B)
+    return grown, x_BCD, aux
 
 
 def feed(
     model: Model,
     params: Any,
     tokens_BS: Array,
-    cache: Cache,
+    cache: C,
     upto_B: Array,
     *,
     chunk: int,
@@ -81,7 +83,7 @@ def feed(
     collect: tuple[str, ...] = (),
     keep: Keep = lambda kept, start_B, x_BCD, aux: kept,
     kept: Any = (),
-) -> tuple[Cache, Any]:
+) -> tuple[C, Any]:
     """Runs tokens in chunks of one compiled shape until every cache holds `upto_B`.
 
     Args:
@@ -103,7 +105,7 @@ def feed(
       The grown cache, and what was kept.
     """
 
-    def body(carry: tuple[Cache, Any], empty: bool = False) -> tuple[Cache, Any]:
+    def body(carry: tuple[C, Any], empty: bool = False) -> tuple[C, Any]:
         cache, kept = carry
         start_B = cache.length_B
         cache, x_BCD, aux = feed_chunk(
@@ -120,7 +122,7 @@ def feed(
         )
         return cache, keep(kept, start_B, x_BCD, aux)
 
-    def more(carry: tuple[Cache, Any]) -> Array:
+    def more(carry: tuple[C, Any]) -> Array:
         return jnp.any(carry[0].length_B < upto_B)
 
     carry = (cache, kept)

@@ -151,6 +151,8 @@ class Drafter:
       tree: Whether drafts have parents; a chain has none.
       collect: Names that the target's forward shall collect into `aux`.
       prompt_hidden: Whether `init` needs the hidden states of the whole prompt.
+      reads_hidden: Whether it reads the target's hidden states, so that it cannot draft
+        for another model.
       variants: Drafters with the same state, one of which runs each step; `select`
         says which. Most have one, themselves.
     """
@@ -160,6 +162,7 @@ class Drafter:
     tree: bool = False
     collect: ClassVar[tuple[str, ...]] = ()
     prompt_hidden: ClassVar[bool] = False
+    reads_hidden: ClassVar[bool] = False
     forward: ClassVar[Any] = None
     """`forward(params, state, draft, context) -> Forward`; the target's when None."""
 

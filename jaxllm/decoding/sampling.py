@@ -287,12 +287,16 @@ def candidates(
 
     Returns:
       int32 tokens `[B, M, W]` and float32 `[B, M, W]`, the log of how sure the drafter
-      is of each (its share of the exponentiated scores).
+      is of each (its share of the exponentiated scores): -inf for what it excludes,
+      and where the vocabulary has fewer than `width` tokens.
 
     Source: EAGLE-2 (arXiv 2406.16858) section 4 for the use of the confidence; the
       noise is ours.
     """
     scores = scored(logits_BMV, position_BM, row_key_B, sampler)
+    missing = max(width - scores.shape[-1], 0)
+    padding = ((0, 0), (0, 0), (0, missing))
+    scores = jnp.pad(scores, padding, constant_values=-jnp.inf)
     top, tokens_BMW = jax.lax.top_k(scores, width)
     sure_BMW = top - jax.nn.logsumexp(scores, axis=-1, keepdims=True)
     return tokens_BMW.astype(jnp.int32), sure_BMW

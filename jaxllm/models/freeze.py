@@ -188,7 +188,14 @@ class Model:
 
     def unembed(self, params: Params, x_BTD: Array) -> Array:
         """Returns float32 logits `[B, T, V]` of a residual stream."""
-        x_BTD = self._part("final_norm", params["final_norm"])(x_BTD)
+        return self.head(params, self.normalize(params, x_BTD))
+
+    def normalize(self, params: Params, x_BTD: Array) -> Array:
+        """Applies the final norm to a residual stream."""
+        return self._part("final_norm", params["final_norm"])(x_BTD)
+
+    def head(self, params: Params, x_BTD: Array) -> Array:
+        """Returns float32 logits `[B, T, V]` of normalized activations."""
         if self.config.tied_head:
             logits = tied_logits(x_BTD, params["embedder"]["table"])
         else:

@@ -1,0 +1,324 @@
+"""A drafting model with a cache of its own, kept in step with what is committed.
+
+Every neural drafter stands on this. Its cache remembers which tokens it was fed; it is
+good as far as these are the committed ones. So nobody has to tell it what was accepted,
+and it may stand anywhere in a cascade.
+
+Letters: B rows, S slots, M draft nodes, V vocabulary of the target, C chunk, D width.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxllm.attention.cache import DenseCache
+from jaxllm.attention.masks import CAUSAL, Mask
+from jaxllm.checkpoints import LanguageModel, load_language_model
+from jaxllm.core import registry
+from jaxllm.core.errors import ConfigError
+from jaxllm.core.pytree import pytree_dataclass
+from jaxllm.decoding.feed import feed, feed_chunk
+from jaxllm.decoding.protocol import Committed, Counts, Params
+from jaxllm.models.freeze import Context, Forward, Model
+from jaxllm.quantization import METHODS as QUANTIZERS
+from jaxllm.quantization import Quantizer, quantize_params
+
+__all__ = ["DraftNet", "NetState", "add_pass", "bind_net", "the_net", "with_net"]
+
+TARGET = "target"
+"""Name of the target itself where the name of a drafting model is asked for."""
+
+_PROMPT_CHUNK = 128
+_CATCH_UP_CHUNK = 8
+
+
+@pytree_dataclass
+class NetState:
+    """What a drafting model has seen.
+
+    Attributes:
+      cache: Its keys and values.
+      fed_BS: int32 tokens that the cache was fed, slot for slot.
+      count_B2: int32 forwards so far, and tokens that they ran for the row.
+    """
+
+    cache: DenseCache
+    fed_BS: Array
+    count_B2: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftNet:
+    """A drafting model as static functions; its weights come with `params`.
+
+    Attributes:
+      model: The drafting model.
+      vocabulary: V, the target's.
+      name: What its counts are called.
+      layers: Layers run; all when None.
+      shares_weights: Whether it runs the target's own weights.
+    """
+
+    model: Model
+    vocabulary: int
+    name: str
+    layers: int | None = None
+    shares_weights: bool = False
+
+    def weights(self, params: Params) -> Any:
+        """Returns the drafting model's parameters."""
+        return params["target"] if self.shares_weights else params["drafter"]
+
+    def init(self, params: Params, committed: Committed) -> NetState:
+        """Returns the state after `prompt[:-1]`."""
+        rows, slots = committed.tokens_BS.shape
+        weights = self.weights(params)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
+        stacks = shapes["stacks"]
+        if self.layers is not None:
+            stacks = first_layers(stacks, self.layers)
+        cache = self.model.init_cache({"stacks": stacks}, rows, slots)
+        cache, _ = feed(
+            self.model,
+            weights,
+            self._clip(committed.tokens_BS),
+            cache,
+            jnp.maximum(committed.length_B - 1, 0),
+            chunk=min(_PROMPT_CHUNK, slots),
+            rope_length=slots,
+            stop=self.layers,
+            empty=True,
+        )
+        return NetState(cache, committed.tokens_BS, jnp.zeros((rows, 2), jnp.int32))
+
+    def keep_up(
+        self, params: Params, state: NetState, committed: Committed, ahead: int
+    ) -> NetState:
+        """Drops what was not accepted and feeds all but the last `ahead` tokens.
+
+        Costs nothing where no more than `ahead` tokens are missing.
+        """
+        length_B, slots = committed.length_B, committed.tokens_BS.shape[1]
+        differs_BS = state.fed_BS != committed.tokens_BS
+        first_B = jnp.argmax(differs_BS, axis=1)
+        good_B = jnp.where(differs_BS.any(axis=1), first_B, slots)
+        cache = state.cache.crop(jnp.minimum(good_B, length_B - 1))
+        upto_B = jnp.maximum(length_B - ahead, cache.length_B)
+        missing_B = upto_B - cache.length_B
+        grown, _ = feed(
+            self.model,
+            self.weights(params),
+            self._clip(committed.tokens_BS),
+            cache,
+            upto_B,
+            chunk=_CATCH_UP_CHUNK,
+            rope_length=slots,
+            stop=self.layers,
+        )
+        passes = jnp.max(-(-missing_B // _CATCH_UP_CHUNK))
+        count_B2 = state.count_B2 + _count(passes, missing_B)
+        return NetState(grown, committed.tokens_BS, count_B2)
+
+    def catch_up(
+        self, params: Params, state: NetState, committed: Committed, chunk: int
+    ) -> tuple[NetState, Array]:
+        """Feeds what is missing, the pending token included.
+
+        Args:
+          params: Parameters of target and drafter.
+          state: Of any time before.
+          committed: What is known now; may be virtual.
+          chunk: C of the last pass: the most tokens that are usually missing.
+
+        Returns:
+          The state, and float32 logits `[B, 1, V]` after the pending token.
+        """
+        state = self.keep_up(params, state, committed, chunk)
+        weights = self.weights(params)
+        start_B = state.cache.length_B
+        cache, x_BCD, _ = feed_chunk(
+            self.model,
+            weights,
+            self._clip(committed.tokens_BS),
+            state.cache,
+            committed.length_B,
+            chunk=chunk,
+            rope_length=committed.tokens_BS.shape[1],
+            stop=self.layers,
+        )
+        last_B = jnp.clip(committed.length_B - 1 - start_B, 0, chunk - 1)
+        x_B1D = jnp.take_along_axis(x_BCD, last_B[:, None, None], axis=1)
+        logits_B1V = self._fit(self.model.unembed(weights, x_B1D))
+        count_B2 = state.count_B2 + _count(1, committed.length_B - start_B)
+        return NetState(cache, committed.tokens_BS, count_B2), logits_B1V
+
+    def forward(
+        self,
+        params: Params,
+        tokens_BT: Array,
+        positions_BT: Array,
+        cache: Any,
+        mask: Mask,
+        valid_BT: Array | None = None,
+    ) -> Forward:
+        """Runs tokens that are not committed; logits in the target's vocabulary.
+
+        Args:
+          params: Parameters of target and drafter.
+          tokens_BT: int32.
+          positions_BT: int32 absolute positions.
+          cache: What they attend to beside each other.
+          mask: Rule among them.
+          valid_BT: Which are real; all when None.
+        """
+        weights = self.weights(params)
+        context = Context(
+            positions_BT,
+            valid_BT,
+            mask,
+            cache,
+            rope_length=cache.capacity,
+        )
+        x_BTD = self.model.embed(weights, self._clip(tokens_BT), positions_BT)
+        x_BTD, new_kv, aux = self.model.run_layers(
+            weights, x_BTD, context, 0, self.layers
+        )
+        logits_BTV = self._fit(self.model.unembed(weights, x_BTD))
+        return Forward(logits_BTV, x_BTD, new_kv, aux)
+
+    def extend(
+        self, params: Params, state: NetState, token_B1: Array
+    ) -> tuple[NetState, Array]:
+        """Feeds one token of every row; returns the logits `[B, 1, V]` after it."""
+        position_B1 = state.cache.length_B[:, None]
+        forward = self.forward(params, token_B1, position_B1, state.cache, CAUSAL)
+        cache = state.cache.append(forward.new_kv)
+        grown = dataclasses.replace(state, cache=cache)
+        return add_pass(grown, 1), forward.logits_BTV
+
+    def counts(self, state: NetState) -> Counts:
+        """Returns the forwards and tokens so far, under the model's name."""
+        return {self.name: state.count_B2}
+
+    def _clip(self, tokens: Array) -> Array:
+        return jnp.minimum(tokens, self.model.config.vocabulary - 1)
+
+    def _fit(self, logits_BTV: Array) -> Array:
+        """Pads or cuts the vocabulary to the target's; what lacks cannot be drawn."""
+        own = logits_BTV.shape[-1]
+        if own >= self.vocabulary:
+            return logits_BTV[..., : self.vocabulary]
+        padding = ((0, 0), (0, 0), (0, self.vocabulary - own))
+        return jnp.pad(logits_BTV, padding, constant_values=-jnp.inf)
+
+
+def _count(passes: Array | int, tokens_B: Array) -> Array:
+    return jnp.stack([jnp.broadcast_to(passes, tokens_B.shape), tokens_B], axis=1)
+
+
+def add_pass(state: NetState, tokens: Array | int) -> NetState:
+    """Counts a forward that ran `tokens` (of each row, or `[B]`)."""
+    rows = state.count_B2.shape[0]
+    tokens_B = jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), (rows,))
+    return dataclasses.replace(state, count_B2=state.count_B2 + _count(1, tokens_B))
+
+
+def with_net(drafter: Any, net: DraftNet) -> Any:
+    """Returns a copy of a drafter with its model."""
+    bound = dataclasses.replace(drafter)
+    object.__setattr__(bound, "net", net)
+    return bound
+
+
+def the_net(drafter: Any) -> DraftNet:
+    """Returns a bound drafter's model."""
+    if drafter.net is None:
+        raise ConfigError(
+            f"cannot draft: {type(drafter).__name__} has no model yet, expected a "
+            f"bound drafter. Call its bind, or jaxllm.bind."
+        )
+    return drafter.net
+
+
+def first_layers(stacks: tuple[Any, ...], layers: int) -> tuple[Any, ...]:
+    """Returns the shapes of the first layers of some stacks."""
+    found = []
+    for stack in stacks:
+        size = jax.tree.leaves(stack)[0].shape[0]
+        take = min(size, layers)
+        if take:
+            found.append(
+                jax.tree.map(
+                    lambda x, n=take: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype),
+                    stack,
+                )
+            )
+        layers -= take
+    return tuple(found)
+
+
+def bind_net(
+    lm: LanguageModel,
+    name: str,
+    *,
+    layers: int | None = None,
+    quantize: str | None = None,
+) -> tuple[DraftNet, Any]:
+    """Loads a drafting model for a target, or makes one from it.
+
+    Args:
+      lm: The target.
+      name: What `jaxllm.load` takes, or `"target"` for the target itself.
+      layers: Stops after so many layers of it (an early exit).
+      quantize: Quantizes its weights by this method; the target keeps its own.
+
+    Returns:
+      The functions and their parameters.
+
+    Raises:
+      ConfigError: Its tokens are not the target's, or there are not so many layers.
+    """
+    if name == TARGET:
+        model, params, depth = lm.model, lm.params, lm.config.num_layers
+        if layers is None and quantize is None:
+            raise ConfigError(
+                f"cannot draft: model is {TARGET!r} as it is, expected something "
+                f"cheaper than the target. Add layers=N or quantize=METHOD."
+            )
+    else:
+        draft = load_language_model(
+            name, dtype=lm.model.policy.compute, mesh=lm.mesh, quantize=quantize
+        )
+        _check_tokens(lm, draft, name)
+        model, params, depth = draft.model, draft.params, draft.config.num_layers
+    if layers is not None and not 0 < layers <= depth:
+        raise ConfigError(
+            f"cannot draft: layers is {layers}, expected 1 to {depth}, the layers of "
+            f"{name}. Correct it."
+        )
+    shares = name == TARGET and quantize is None
+    if name == TARGET and quantize is not None:
+        quantizer = registry.build(quantize, QUANTIZERS, {Quantizer: QUANTIZERS})
+        params = quantize_params(params, quantizer)
+    label = name.rstrip("/").rsplit("/", 1)[-1]
+    label += f"[:{layers}]" if layers is not None else ""
+    label += f" {quantize}" if quantize else ""
+    net = DraftNet(model, lm.config.vocabulary, label, layers, shares)
+    return net, {} if shares else params
+
+
+def _check_tokens(lm: LanguageModel, draft: LanguageModel, name: str) -> None:
+    ours, theirs = lm.tokenizer, draft.tokenizer
+    if ours is None or theirs is None:
+        same = lm.config.vocabulary == draft.config.vocabulary
+    else:
+        same = ours.fingerprint() == theirs.fingerprint()
+    if not same:
+        raise ConfigError(
+            f"cannot draft: {name}: its tokens are not those of "
+            f"{lm.name or 'the target'}, expected one vocabulary, id for id. Choose a "
+            f"model that was trained with the target's tokenizer."
+        )
