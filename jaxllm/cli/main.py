@@ -26,6 +26,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "generate": "jaxllm.cli.generate",
+    "compare": "jaxllm.cli.compare",
     "systems": "jaxllm.cli.systems",
     "doctor": "jaxllm.cli.doctor",
 }

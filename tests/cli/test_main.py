@@ -40,17 +40,17 @@ def python(*arguments, **environment):
         (
             [],
             "jaxllm: cannot start: no command is given, expected one of generate, "
-            "systems, doctor. Run jaxllm --help.",
+            "compare, systems, doctor. Run jaxllm --help.",
         ),
         (
             ["genrate"],
             "jaxllm: cannot start: 'genrate' is no command, expected one of generate, "
-            "systems, doctor. Did you mean generate?",
+            "compare, systems, doctor. Did you mean generate?",
         ),
         (
             ["--prompt", "x"],
             "jaxllm: cannot start: '--prompt' is no command, expected one of generate, "
-            "systems, doctor. Run jaxllm --help.",
+            "compare, systems, doctor. Run jaxllm --help.",
         ),
         (
             ["generate", "--promt=x"],
