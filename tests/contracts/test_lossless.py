@@ -1,13 +1,12 @@
 """Every registered method gives the tokens of plain decoding: the lossless contract.
 
 A new line in `drafting.METHODS` is enrolled here by itself, with its default options;
-`OPTIONS` says otherwise for those that need a file or a part. Chains are compared with
-plain decoding at their own width, token for token. Trees, and drafters whose width
-changes, compute in other shapes: where they differ from it, the target must have been
-within a rounding error of a tie, which is counted and shown.
+`enrolled.OPTIONS` says otherwise for those that need a file or a part. Chains are
+compared with plain decoding at their own width, token for token. Trees, and drafters
+whose width changes, compute in other shapes: where they differ from it, the target must
+have been within a rounding error of a tie, which is counted and shown.
 """
 
-import functools
 import itertools
 
 import jax
@@ -15,58 +14,16 @@ import numpy as np
 import pytest
 
 import jaxllm
-from jaxllm.checkpoints import GenerationDefaults
-from jaxllm.core.registry import build
-from jaxllm.decoding import BoundDrafter, make_sampler
+from jaxllm.decoding import make_sampler
 from jaxllm.decoding.buckets import shapes_for
-from jaxllm.decoding.protocol import Drafter
 from jaxllm.decoding.reference import decode_reference
-from jaxllm.drafting import METHODS, Autoregressive
-from jaxllm.drafting.heads import save_heads
-from jaxllm.quantization import Int8, quantize_params
-from tests.decoding.toys import VOCABULARY, toy_model
+from jaxllm.drafting import Autoregressive
+from tests.contracts.enrolled import bound, methods, toy_lm
+from tests.decoding.toys import VOCABULARY
 
 PROMPT_LENGTHS = (1, 9, 4)
 GAP = 1e-4
 _COUNT = itertools.count(1)
-
-DRAFT = "(model:model=target,layers=1,length=3)"
-OPTIONS = {
-    "adaptive": [f"drafter={DRAFT},widths=1+2+4", "drafter=(prompt_lookup)"],
-    "fallback": [
-        f"first=(model:model=target,layers=1,confidence=0.05),second={DRAFT}",
-        f"first=(jacobi:window=3),second={DRAFT}",
-        "first=(model:model=target,layers=1,confidence=0.05,length=2),"
-        "second=(tree:model=target,layers=1)",
-    ],
-    "graph": [
-        "model=target,layers=1",
-        "model=target,layers=1,merge_order=1,frontier=4,nodes=12,node_threshold=0.05",
-    ],
-    "heads": ["heads={heads},nodes=5"],
-    "horizontal": [
-        f"drafters={DRAFT}+(model:model=target,layers=2,length=2),lengths=3+2",
-        f"drafters=(jacobi:window=3)+{DRAFT},lengths=2+1",
-    ],
-    "jacobi": ["window=4", "window=4,mode=block", "window=1"],
-    "model": [
-        "model=target,layers=1",
-        "model=target,layers=1,length=5,confidence=0.1",
-        "model=target,quantize=int8,length=3",
-        "model=target,layers=1,length=0",
-    ],
-    "tree": [
-        "model=target,layers=1",
-        "model=target,layers=1,shape=static,depth=3",
-        "model=target,layers=1,depth=2,frontier=5,nodes=16",
-    ],
-    "vertical": [
-        "model=target,layers=1,length=4,drafter=(autoregressive)",
-        "model=target,layers=1,length=4,lenience=3,drafter=(jacobi:window=4)",
-        f"model=target,quantize=int8,length=5,drafter={DRAFT}",
-        "model=target,quantize=int8,length=3,drafter=(tree:model=target,layers=1)",
-    ],
-}
 
 
 @pytest.fixture(autouse=True)
@@ -75,45 +32,6 @@ def forget_programs():
     yield
     if next(_COUNT) % 16 == 0:
         jax.clear_caches()
-
-
-@functools.cache
-def toy_lm(weights: str = "float32", eos: tuple[int, ...] = (), vocabulary=VOCABULARY):
-    model, params = toy_model(vocabulary)
-    if weights == "int8":
-        params = quantize_params(params, Int8())
-    return jaxllm.LanguageModel(
-        model=model,
-        params=params,
-        generation=GenerationDefaults(eos_ids=eos),
-        name="toy",
-    )
-
-
-@pytest.fixture(scope="session")
-def heads_file(tmp_path_factory):
-    """Random heads for the toy model."""
-    path = tmp_path_factory.mktemp("heads") / "heads.safetensors"
-    width = toy_lm().config.width
-    kernel = np.asarray(jax.random.normal(jax.random.key(0), (3, width, width)))
-    save_heads(path, kernel, [[0.5, 0.2], [0.4, 0.1], [0.3, 0.1]])
-    return path
-
-
-def methods(fast: bool = True) -> list:
-    """Every registered method, with its options; the first of them tested always."""
-    found = []
-    for name in sorted(METHODS):
-        for i, options in enumerate(OPTIONS.get(name, [""])):
-            marks = [] if fast and i == 0 else [pytest.mark.slow]
-            text = f"{name}:{options}" if options else name
-            found.append(pytest.param(text, marks=marks, id=text))
-    return found
-
-
-def bound(method: str, heads_file, lm) -> BoundDrafter:
-    text = method.replace("{heads}", str(heads_file))
-    return BoundDrafter(lm, build(text, METHODS, {Drafter: METHODS}))
 
 
 def prompts(rows: int, vocabulary: int = VOCABULARY) -> list[list[int]]:
