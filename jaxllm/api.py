@@ -28,6 +28,7 @@ from jaxllm.decoding import (
     make_sampler,
 )
 from jaxllm.decoding.buckets import batch_bucket, prompt_bucket
+from jaxllm.decoding.constraints import make_constraint, with_room
 from jaxllm.decoding.decode import check_ids
 from jaxllm.decoding.job import BATCH, Job, Prompt, Result, column, encode, on_mesh
 from jaxllm.decoding.stopping import StopText
@@ -285,6 +286,20 @@ def _bound(
     return bind(lm, decode if drafter is None else drafter)
 
 
+def _rule(
+    lm: LanguageModel, constraint: Constraint | str | None, job: Job
+) -> Constraint | None:
+    """Returns a job's constraint, with room for its longest text."""
+    if constraint is None:
+        return None
+    if isinstance(constraint, str):
+        ends = lm.generation.eos_ids
+        constraint = make_constraint(
+            constraint, lm.tokenizer, lm.config.vocabulary, ends
+        )
+    return with_room(constraint, max(job.max_new_tokens, default=0))
+
+
 def generate(
     lm: LanguageModel,
     prompts: Sequence[Prompt],
@@ -300,7 +315,7 @@ def generate(
     repetition_penalty: float | Sequence[float] = 1.0,
     presence_penalty: float | Sequence[float] = 0.0,
     verify: str = "match",
-    constraint: Constraint | None = None,
+    constraint: Constraint | str | None = None,
 ) -> list[Result]:
     """Generates a continuation of every prompt.
 
@@ -324,7 +339,9 @@ def generate(
       presence_penalty: Subtracted from the logits of every token of the output.
       verify: `"match"`: the tokens of plain decoding, whatever drafts; `"reject"`: the
         textbook rule for chains, equal to plain sampling in distribution only.
-      constraint: What the text has to obey.
+      constraint: What the text has to obey: `"regex:PATTERN"`, `"json:SCHEMA"` (inline
+        or a file), `"lark:FILE"`, or a constraint made in Python. A row that has no
+        end token to stop at stops where nothing may follow.
 
     Returns:
       One result for each prompt, in order.
@@ -338,6 +355,7 @@ def generate(
     options["presence_penalty"] = presence_penalty
     columns = {name: column(x, len(prompts), name) for name, x in options.items()}
     bound = _bound(lm, decode, drafter)
+    rule = _rule(lm, constraint, job)
     results: list[Any] = [None] * len(prompts)
     for batch in job.batches():
         begun = time.perf_counter()
@@ -346,7 +364,7 @@ def generate(
             **{name: [x[i] for i in batch] for name, x in columns.items()},
             verify=verify,
         )
-        outputs, readers = job.run(bound, batch, sampler, constraint)
+        outputs, readers = job.run(bound, batch, sampler, rule)
         seconds = time.perf_counter() - begun
         for at, row in enumerate(batch):
             results[row] = job.result(outputs[at], readers[at], seconds)
@@ -399,7 +417,7 @@ def stream(
     with on_mesh(lm):
         chunks = decode_chunks(
             lm.model,
-            bound.arguments(constraint),
+            bound.arguments(_rule(lm, constraint, job)),
             request,
             drafter=bound.drafter,
             watch=watch,

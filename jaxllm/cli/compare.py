@@ -107,6 +107,7 @@ def run(values: flags.FlagValues) -> int:
     from jaxllm import api
     from jaxllm.evaluation import (
         DEFAULT_METHODS,
+        DEMO_METHODS,
         Settings,
         build_methods,
         compare,
@@ -114,7 +115,8 @@ def run(values: flags.FlagValues) -> int:
         read_prompts,
     )
 
-    methods = build_methods(values.decode or DEFAULT_METHODS)
+    default = DEMO_METHODS if values.model == "demo" else DEFAULT_METHODS
+    methods = build_methods(values.decode or default)
     given = values.prompts
     prompts = default_prompts() if given is None else read_prompts(given)
     prompts = prompts.first(values.limit)

@@ -41,6 +41,7 @@ def stream_task(
         stop=task.stop,
         seed=task.seed,
         **task.sampling,
+        **task.shared,
     )
     try:
         while True:

@@ -27,10 +27,11 @@ SUMMARY = """generate text from a prompt, a file of prompts, or in a conversatio
   jaxllm generate --model CHAT_MODEL --chat
 
 A row of --prompts is {"id"?, "prompt" | "messages" | "token_ids"}, with any of
-max_new_tokens, temperature, top_p, top_k, min_p, stop, seed for that row alone. A row
-of the output is {"id", "text", "token_ids", "finish_reason", "prompt_tokens",
-"new_tokens", "target_passes", "seconds"}; a row that failed has "error" and "line".
-Started again with the same --output, a job goes on with the rows that are missing.
+max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty,
+stop, seed for that row alone. A row of the output is {"id", "text", "token_ids",
+"finish_reason", "prompt_tokens", "new_tokens", "target_passes", "seconds"}; a row that
+failed has "error" and "line". Started again with the same --output, a job goes on with
+the rows that are missing.
 """
 
 FLAGS = (
@@ -54,6 +55,33 @@ FLAGS = (
         "keep tokens at least this likely relative to the likeliest",
         low=0,
         high=1 - 1e-6,
+    ),
+    Number(
+        "repetition_penalty",
+        1.0,
+        "above 1 makes every token of prompt and output less likely",
+        low=1e-2,
+        high=1e2,
+    ),
+    Number(
+        "presence_penalty",
+        0.0,
+        "taken from the logits of every token of the output",
+        low=-100,
+        high=100,
+    ),
+    Choice(
+        "verify",
+        "match",
+        "how drafts are tested: match gives the tokens of plain decoding; reject, for "
+        "chains, gives its distribution",
+        ("match", "reject"),
+    ),
+    Flag(
+        "constraint",
+        None,
+        "what every text has to obey: regex:PATTERN, json:SCHEMA (inline or a file) or "
+        "lark:FILE",
     ),
     Texts("stop", [], "a string that ends the text; may be repeated"),
     Switch("chat", False, "prompts are what a user says; without one, talk here"),
@@ -91,6 +119,10 @@ _DECISIVE = (
     "top_p",
     "top_k",
     "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "verify",
+    "constraint",
     "stop",
     "chat",
     "num_samples",
@@ -118,12 +150,11 @@ def run(values: flags.FlagValues) -> int:
     # jax comes with these, so not before the flags are known to be right.
     from jaxllm import api
     from jaxllm.cli.progress import Meter
-    from jaxllm.cli.tasks import Settings
     from jaxllm.core.registry import build
     from jaxllm.decoding import Drafter
     from jaxllm.drafting import METHODS
 
-    method = build(values.decode, METHODS, {Drafter: METHODS})
+    method: Drafter = build(values.decode, METHODS, {Drafter: METHODS})
     lm = api.load(
         values.model,
         dtype=values.dtype,
@@ -131,18 +162,7 @@ def run(values: flags.FlagValues) -> int:
         cache_dtype=values.kv_dtype,
     )
     drafter = api.bind(lm, method)
-    settings = Settings(
-        max_new_tokens=values.max_new_tokens,
-        temperature=values.temperature,
-        top_p=values.top_p,
-        top_k=values.top_k,
-        min_p=values.min_p,
-        stop=tuple(values.stop),
-        seed=values.seed,
-        chat=values.chat,
-        num_samples=values.num_samples,
-        truncate=values.truncate == "left",
-    )
+    settings = _settings(lm, drafter, values)
     meter = Meter()
     if values.prompt is None and values.prompts is None:
         from jaxllm.cli.conversation import converse
@@ -155,6 +175,45 @@ def run(values: flags.FlagValues) -> int:
     if values.stats:
         meter.print_totals()
     return 0
+
+
+def _settings(
+    lm: "LanguageModel", drafter: "BoundDrafter", values: flags.FlagValues
+) -> "Settings":
+    """Returns what the flags say of every row; refuses what no row can have."""
+    from jaxllm.cli.tasks import Settings
+    from jaxllm.decoding import make_sampler
+    from jaxllm.decoding.constraints import make_constraint
+    from jaxllm.decoding.verify import check_verifier
+
+    constraint = None
+    if values.constraint is not None:
+        constraint = make_constraint(
+            values.constraint,
+            lm.tokenizer,
+            lm.config.vocabulary,
+            lm.generation.eos_ids,
+        )
+    sampling = {
+        "temperature": values.temperature,
+        "top_p": values.top_p,
+        "top_k": values.top_k,
+        "min_p": values.min_p,
+        "repetition_penalty": values.repetition_penalty,
+        "presence_penalty": values.presence_penalty,
+        "verify": values.verify,
+    }
+    check_verifier(drafter.drafter, make_sampler(1, **sampling))
+    return Settings(
+        max_new_tokens=values.max_new_tokens,
+        constraint=constraint,
+        stop=tuple(values.stop),
+        seed=values.seed,
+        chat=values.chat,
+        num_samples=values.num_samples,
+        truncate=values.truncate == "left",
+        **sampling,
+    )
 
 
 def _check(values: flags.FlagValues) -> None:

@@ -35,6 +35,7 @@ def generate_batch(
         stop=batch[0].stop,
         seed=[task.seed for task in batch],
         **sampling,
+        **batch[0].shared,
     )
 
 

@@ -1,7 +1,8 @@
 """Rows of a JSONL job: what a line asks for, or why it cannot be read.
 
     {"id"?, "prompt" | "messages" | "token_ids",
-     "max_new_tokens"?, "temperature"?, "top_p"?, "top_k"?, "min_p"?, "stop"?, "seed"?}
+     "max_new_tokens"?, "temperature"?, "top_p"?, "top_k"?, "min_p"?,
+     "repetition_penalty"?, "presence_penalty"?, "stop"?, "seed"?}
 
 A line that cannot be read becomes a `Failure`, and the job goes on. Blank lines are
 skipped; a byte order mark and carriage returns at the ends of lines do no harm.
@@ -203,6 +204,8 @@ _OPTIONS = {
     "top_p": (_is_number, "a number"),
     "top_k": (_is_count, "an integer of 0 or more"),
     "min_p": (_is_number, "a number"),
+    "repetition_penalty": (_is_number, "a number"),
+    "presence_penalty": (_is_number, "a number"),
     "stop": (_is_stop, "a string or a list of strings, none of them empty"),
     "seed": (_is_seed, f"an integer from 0 to {2**32 - 1}"),
 }

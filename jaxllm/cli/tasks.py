@@ -9,7 +9,7 @@ from typing import Any
 from jaxllm.checkpoints import LanguageModel
 from jaxllm.cli.rows import Failure, Row
 from jaxllm.core.errors import CapacityError, UserError
-from jaxllm.decoding import Drafter, make_sampler
+from jaxllm.decoding import Constraint, Drafter, make_sampler
 from jaxllm.decoding.buckets import Shapes, prompt_bucket, shapes_for
 from jaxllm.decoding.decode import check_ids
 from jaxllm.decoding.job import BATCH, encode
@@ -18,6 +18,14 @@ __all__ = ["Settings", "Task", "batches", "encode_chat", "make_tasks", "shape_of
 
 DEFAULT_NEW_TOKENS = 128
 _PENDING_ROWS = 512
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+)
 
 # Samples of one row are this far apart in seeds (the golden ratio of 2**32), so that
 # they meet no other row's seed in any job of fewer than millions of rows.
@@ -30,10 +38,14 @@ class Settings:
 
     Attributes:
       max_new_tokens: None for the default, or what the model's positions leave.
-      temperature: As in `api.generate`, like the next four.
+      temperature: As in `api.generate`, like the next five.
       top_p: See there.
       top_k: See there.
       min_p: See there.
+      repetition_penalty: See there.
+      presence_penalty: See there.
+      verify: How drafts are tested, the same for all rows.
+      constraint: What every text has to obey.
       stop: Strings that end a row.
       seed: Row i draws with `seed + i`, i being its line from 0.
       chat: Whether a prompt is what a user says in a conversation.
@@ -46,6 +58,10 @@ class Settings:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    verify: str = "match"
+    constraint: Constraint | None = None
     stop: tuple[str, ...] = ()
     seed: int = 0
     chat: bool = False
@@ -63,9 +79,10 @@ class Task:
       sample: Which of the row's samples.
       ids: Token ids of the prompt.
       max_new_tokens: Whole number, like all options after defaults are filled in.
-      sampling: `temperature`, `top_p`, `top_k` and `min_p`.
+      sampling: `temperature`, the filters and the penalties, by name.
       stop: Strings that end it.
       seed: Of this sample.
+      shared: `verify` and `constraint`, the same for every task of a job.
     """
 
     line: int
@@ -76,6 +93,7 @@ class Task:
     sampling: dict[str, Any]
     stop: tuple[str, ...]
     seed: int
+    shared: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
 
 def make_tasks(lm: LanguageModel, row: Row, settings: Settings) -> list[Task]:
@@ -91,7 +109,7 @@ def make_tasks(lm: LanguageModel, row: Row, settings: Settings) -> list[Task]:
         is out of range.
     """
     options = {**vars(settings), **row.options}
-    sampling = {n: options[n] for n in ("temperature", "top_p", "top_k", "min_p")}
+    sampling = {name: options[name] for name in _SAMPLING}
     _check_sampling(**sampling)
     ids, new = _fit(lm, _encode(lm, row, settings), options)
     seed = row.options.get("seed", settings.seed + row.line - 1)
@@ -105,6 +123,7 @@ def make_tasks(lm: LanguageModel, row: Row, settings: Settings) -> list[Task]:
             sampling=sampling,
             stop=tuple(options["stop"]),
             seed=(seed + sample * _SAMPLE_STRIDE) % 2**32,
+            shared={"verify": settings.verify, "constraint": settings.constraint},
         )
         for sample in range(settings.num_samples)
     ]
@@ -204,7 +223,7 @@ def batches(items: Iterable[list[Task] | Failure]) -> Iterator[list[Task] | Fail
         yield groups[key]
 
 
-def shape_of(batch: list[Task], drafter: Drafter) -> tuple[Shapes, bool, bool]:
+def shape_of(batch: list[Task], drafter: Drafter) -> tuple[Shapes, bool, bool, bool]:
     """Returns what decides which compiled program a batch runs."""
     lengths = [len(task.ids) for task in batch]
     new = max(task.max_new_tokens for task in batch)
@@ -213,4 +232,4 @@ def shape_of(batch: list[Task], drafter: Drafter) -> tuple[Shapes, bool, bool]:
     }
     sampler = make_sampler(len(batch), **columns)
     shapes = shapes_for(lengths, new, drafter.depth)
-    return shapes, sampler.greedy, sampler.filtered
+    return shapes, sampler.greedy, sampler.filtered, sampler.penalized

@@ -1,7 +1,7 @@
 """Decoding: the protocol, the engine, verification and sampling."""
 
 from jaxllm.decoding.bound import BoundDrafter
-from jaxllm.decoding.constraints import Constraint
+from jaxllm.decoding.constraints import Constraint, make_constraint
 from jaxllm.decoding.decode import (
     Decoded,
     Output,
@@ -38,6 +38,7 @@ __all__ = [
     "drain",
     "draw",
     "locate_nonfinite",
+    "make_constraint",
     "make_sampler",
     "match",
     "match_reference",

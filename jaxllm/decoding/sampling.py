@@ -21,6 +21,7 @@ from jaxllm.core.rng import position_gumbel
 __all__ = [
     "VERIFIERS",
     "Sampler",
+    "best",
     "candidates",
     "choose",
     "draw",
@@ -229,8 +230,19 @@ def choose(
 
     Source: the Gumbel-max trick; drafter-invariant noise (arXiv 2408.07978).
     """
-    scores = scored(logits_BMV, position_BM, row_key_B, sampler)
-    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    return best(scored(logits_BMV, position_BM, row_key_B, sampler))
+
+
+def best(scores_BMV: Array) -> Array:
+    """Returns the int32 index of the largest score, the lowest of several.
+
+    Two plain reductions: XLA:CPU runs its argmax about ten times slower. A row with a
+    NaN gets the last index; the engine stops such a row.
+    """
+    top = jnp.max(scores_BMV, axis=-1, keepdims=True)
+    count = scores_BMV.shape[-1]
+    index = jnp.where(scores_BMV == top, jnp.arange(count, dtype=jnp.int32), count)
+    return jnp.minimum(jnp.min(index, axis=-1), count - 1)
 
 
 def draw(
@@ -254,14 +266,13 @@ def draw(
     if not sampler.rejects:
         return choose(logits_BMV, position_BM, row_key_B, sampler), None
     scores = scored(logits_BMV, position_BM, row_key_B, sampler, DRAFT_STREAM)
-    tokens_BM = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    return tokens_BM, log_probabilities(logits_BMV, sampler)
+    return best(scores), log_probabilities(logits_BMV, sampler)
 
 
 def log_probabilities(logits_BMV: Array, sampler: Sampler) -> Array:
     """Returns the distribution that is sampled from; one-hot for a greedy row."""
     log_p = jax.nn.log_softmax(warp(logits_BMV, sampler), axis=-1)
-    top = jnp.argmax(logits_BMV, axis=-1, keepdims=True)
+    top = best(logits_BMV)[..., None]
     sure = jnp.where(jnp.arange(logits_BMV.shape[-1]) == top, 0.0, -jnp.inf)
     return jnp.where(sampler.temperature_B[:, None, None] > 0, log_p, sure)
 

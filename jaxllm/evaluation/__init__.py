@@ -2,6 +2,7 @@
 
 from jaxllm.evaluation.comparison import (
     DEFAULT_METHODS,
+    DEMO_METHODS,
     Comparison,
     Cost,
     Figures,
@@ -20,6 +21,7 @@ from jaxllm.evaluation.prompts import (
 
 __all__ = [
     "DEFAULT_METHODS",
+    "DEMO_METHODS",
     "Comparison",
     "Cost",
     "Figures",

@@ -23,6 +23,7 @@ from jaxllm.version import __version__
 
 __all__ = [
     "DEFAULT_METHODS",
+    "DEMO_METHODS",
     "Comparison",
     "Cost",
     "Figures",
@@ -35,6 +36,17 @@ __all__ = [
 
 DEFAULT_METHODS = ("autoregressive", "prompt_lookup", "jacobi:window=8", "trigram")
 """What is compared when nothing is named; the first is the baseline."""
+
+DEMO_METHODS = (
+    "autoregressive",
+    "prompt_lookup",
+    "trigram:table=demo-ngrams",
+    "model:model=demo-draft",
+    "tree:model=demo-draft",
+    "heads:heads=demo-heads",
+    "jacobi:window=8",
+)
+"""The same for the shipped model, for which drafts ship too."""
 
 WARM_UP = 0
 """Number of the round in which every method compiles; it is not timed."""

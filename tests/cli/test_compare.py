@@ -10,7 +10,7 @@ import pytest
 from matplotlib import image
 
 from jaxllm.drafting import METHODS
-from jaxllm.evaluation import DEFAULT_METHODS, divergence
+from jaxllm.evaluation import DEMO_METHODS, divergence
 from tests.cli.conftest import POSITIONS, write_rows
 from tests.evaluation.drafters import Bent
 
@@ -56,18 +56,18 @@ def test_no_arguments_compare_the_shipped_model(jaxllm, tmp_path, monkeypatch):
     whole = results(folder)
     assert whole["model"] == "demo" and whole["dtype"] == "float32"
     assert whole["prompts"]["count"] == 3
-    assert [m["name"] for m in whole["methods"]] == list(DEFAULT_METHODS)
+    assert [m["name"] for m in whole["methods"]] == list(DEMO_METHODS)
     for method in whole["methods"]:
         assert method["lossless"] is True
         assert list(method["by_category"]) == ["story", "repetition", "dialogue"]
         assert method["tokens"] == 3 * 4
     lines = found.out.splitlines()
-    count = len(DEFAULT_METHODS)
+    count = len(DEMO_METHODS)
     assert lines[0].split() == [
         *("method", "lossless", "tokens/pass", "speed-up", "tokens/s"),
         *("draft", "passes"),
     ]
-    assert [line.split()[0] for line in lines[1 : 1 + count]] == list(DEFAULT_METHODS)
+    assert [line.split()[0] for line in lines[1 : 1 + count]] == list(DEMO_METHODS)
     assert all(line.split()[1] == "✓" for line in lines[1 : 1 + count])
     assert lines[1].split()[2:5] == ["1.00", "1.00", "(1.00-1.00)"]
     assert lines[2 + count].split()[-3:] == ["story", "repetition", "dialogue"]

@@ -1,6 +1,8 @@
 """`jaxllm generate`, called in this process on a tiny random model."""
 
+import dataclasses
 import json
+import re
 import sys
 
 import jax
@@ -9,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxllm import api
+from jaxllm.drafting import METHODS, Autoregressive
 from tests.cli.conftest import CONFIG, read_rows, write_checkpoint, write_rows
 
 SHORT = ("--max_new_tokens", 8)
@@ -38,6 +41,71 @@ def test_options_reach_the_sampler(generate, lm):
     [result] = api.generate(lm, ["Hello"], max_new_tokens=8, **options)
     assert generate("--prompt=Hello", *SHORT, *flags).out == result.text + "\n"
     assert generate("--prompt=Hello", *SHORT).out != result.text + "\n"
+
+
+def test_penalties_reach_the_sampler(generate, lm, tmp_path):
+    options = {"repetition_penalty": 1.5, "presence_penalty": 3.0}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    [free] = api.generate(lm, ["Hello"], max_new_tokens=8)
+    [result] = api.generate(lm, ["Hello"], max_new_tokens=8, **options)
+    assert result.text != free.text
+    assert generate("--prompt=Hello", *SHORT, *flags).out == result.text + "\n"
+    rows = [{"prompt": "Hello"}, {"prompt": "Hello"} | options]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    found = sorted(generate("--prompts", path, *SHORT).rows, key=lambda r: r["id"])
+    assert [row["text"] for row in found] == [free.text, result.text]
+
+
+def test_the_verifier_is_the_one_named(generate, lm):
+    options = {"temperature": 1.0, "seed": 4}
+    matched, rejected = (
+        api.generate(lm, ["Hello"], max_new_tokens=8, verify=verify, **options)[0].text
+        for verify in ("match", "reject")
+    )
+    assert matched != rejected
+    flags = ("--prompt=Hello", *SHORT, "--temperature=1", "--seed=4")
+    assert generate(*flags).out == matched + "\n"
+    assert generate(*flags, "--verify=reject").out == rejected + "\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bushy(Autoregressive):
+    tree = True
+
+
+def test_what_trees_cannot_have_is_refused_before_any_row(generate, monkeypatch):
+    monkeypatch.setitem(METHODS, "bushy", Bushy)
+    flags = ("--prompt=Hello", "--num_samples=2", "--decode=bushy")
+    assert_refused(
+        generate(*flags, "--verify=reject"),
+        "cannot verify: Bushy drafts trees, expected a chain: a rejected child changes "
+        "what its siblings are tested against. Leave --verify=match, which is exact "
+        "for trees.",
+    )
+    assert_refused(
+        generate(*flags, "--presence_penalty=1"),
+        "cannot penalize: Bushy drafts trees, expected a chain: every node would need "
+        "the counts of its own path. Choose a drafter of chains, or leave the "
+        "penalties out.",
+    )
+
+
+def test_a_constraint_holds_for_every_row(generate, tmp_path):
+    pattern = "[a-z]{2,5}[.!]"
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Hello"}, {"prompt": "ab"}])
+    for flags in ((), ("--temperature=2", "--num_samples=2")):
+        found = generate(
+            "--prompts", path, *SHORT, f"--constraint=regex:{pattern}", *flags
+        )
+        assert found.code == 0
+        for row in found.rows:
+            assert re.fullmatch(pattern, row["text"])
+            assert row["finish_reason"] == "eos"
+    for flags in ((), ("--stream",)):
+        found = generate(
+            "--prompt=ab", *SHORT, "--constraint", f"regex:{pattern}", *flags
+        )
+        assert re.fullmatch(pattern, found.out.removesuffix("\n"))
 
 
 def test_a_stream_adds_up_to_the_text(generate, monkeypatch):
@@ -261,8 +329,19 @@ def test_values_that_are_not_finite_fail_their_rows(generate, tmp_path):
         ),
         (
             ["--prompt=a", "--decode=jacoby"],
-            "unknown method: 'jacoby', expected one of autoregressive. Choose one of "
-            "these.",
+            f"unknown method: 'jacoby', expected one of {', '.join(sorted(METHODS))}. "
+            "Did you mean 'jacobi'?",
+        ),
+        (
+            ["--prompt=a", "--constraint=regex:a("],
+            "cannot constrain: pattern 'a(': missing ), unterminated subpattern at "
+            "position 1, expected a regular expression that is matched whole. Correct "
+            "the pattern.",
+        ),
+        (
+            ["--prompt=a", "--constraint=yes"],
+            "unknown constraint: 'yes', expected one of json:..., lark:..., "
+            "regex:.... Choose one of these.",
         ),
         (
             ["--prompt=a", "--decode=autoregressive:query_width=x"],
@@ -346,6 +425,8 @@ def test_an_output_has_its_flags_beside_it(generate, tmp_path):
     assert beside["flags"]["prompt"] == "Hello"
     assert beside["flags"]["stop"] == ["x"]
     assert beside["flags"]["max_new_tokens"] == 8
+    assert beside["flags"]["verify"] == "match"
+    assert beside["flags"]["constraint"] is None
     assert {"jaxllm", "jax", "jaxlib", "flax"} <= set(beside["versions"])
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "out.jsonl",

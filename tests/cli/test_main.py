@@ -17,8 +17,9 @@ from jaxllm.version import __version__
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FLAGS_OF_GENERATE = (
-    "model prompt prompts decode max_new_tokens temperature top_p top_k min_p stop "
-    "chat num_samples kv_dtype seed dtype mesh output stream stats truncate"
+    "model prompt prompts decode max_new_tokens temperature top_p top_k min_p "
+    "repetition_penalty presence_penalty verify constraint stop chat num_samples "
+    "kv_dtype seed dtype mesh output stream stats truncate"
 ).split()
 
 

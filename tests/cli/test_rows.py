@@ -36,7 +36,8 @@ def only(line):
 def test_a_row_has_what_the_line_says():
     line = (
         b'{"id": "a", "prompt": "Hi", "max_new_tokens": 3, "temperature": 1, '
-        b'"top_p": 0.5, "top_k": 4, "min_p": 0.1, "stop": "x", "seed": 9}\n'
+        b'"top_p": 0.5, "top_k": 4, "min_p": 0.1, "repetition_penalty": 2, '
+        b'"presence_penalty": -0.5, "stop": "x", "seed": 9}\n'
     )
     options = {
         "max_new_tokens": 3,
@@ -44,6 +45,8 @@ def test_a_row_has_what_the_line_says():
         "top_p": 0.5,
         "top_k": 4,
         "min_p": 0.1,
+        "repetition_penalty": 2,
+        "presence_penalty": -0.5,
         "stop": ["x"],
         "seed": 9,
     }
@@ -123,8 +126,8 @@ def test_a_long_line_is_read():
         (
             b'{"promt": "a"}',
             "unknown field: row: 'promt', expected one of id, max_new_tokens, "
-            "messages, min_p, prompt, seed, stop, temperature, token_ids, top_k, "
-            "top_p. Did you mean 'prompt'?",
+            "messages, min_p, presence_penalty, prompt, repetition_penalty, seed, "
+            "stop, temperature, token_ids, top_k, top_p. Did you mean 'prompt'?",
         ),
         (
             b'{"prompt": 5}',
@@ -154,6 +157,11 @@ def test_a_long_line_is_read():
             b'{"prompt": "a", "temperature": "hot"}',
             "cannot read row: field 'temperature': \"hot\", expected a number. Correct "
             "the line.",
+        ),
+        (
+            b'{"prompt": "a", "presence_penalty": true}',
+            "cannot read row: field 'presence_penalty': true, expected a number. "
+            "Correct the line.",
         ),
         (
             b'{"prompt": "a", "stop": ["x", ""]}',

@@ -32,12 +32,22 @@ def error_of(lm, row, **settings):
 
 def test_a_row_overrides_the_flags(lm):
     options = {"max_new_tokens": 3, "temperature": 0.5, "stop": ["b"], "seed": 8}
+    options["presence_penalty"] = -1
     flags = {"max_new_tokens": 9, "top_k": 4, "stop": ("a", "c"), "seed": 2}
+    flags |= {"repetition_penalty": 1.5, "presence_penalty": 2.0, "verify": "reject"}
     task = one(lm, Row(5, "x", "Hi", options=options), **flags)
     assert (task.line, task.id, task.sample) == (5, "x", 0)
     assert task.ids == lm.tokenizer.encode("Hi")
     assert task.max_new_tokens == 3
-    assert task.sampling == {"temperature": 0.5, "top_p": 1, "top_k": 4, "min_p": 0}
+    assert task.sampling == {
+        "temperature": 0.5,
+        "top_p": 1,
+        "top_k": 4,
+        "min_p": 0,
+        "repetition_penalty": 1.5,
+        "presence_penalty": -1,
+    }
+    assert task.shared == {"verify": "reject", "constraint": None}
     assert task.stop == ("b",)
     assert task.seed == 8
 
@@ -153,6 +163,11 @@ def test_truncation_keeps_the_end(lm):
             "cannot sample: temperature is nan, expected a number from 0 to 1e+06. "
             "Correct --temperature.",
         ),
+        (
+            Row(4, 4, "a", options={"repetition_penalty": 0}),
+            "cannot sample: repetition_penalty is 0, expected a number from 0.01 to "
+            "100. Correct --repetition_penalty.",
+        ),
     ],
 )
 def test_a_row_that_cannot_run(row, error, lm):
@@ -177,7 +192,9 @@ def task(line, length=5, new=8, stop=()):
 
 
 def vars_of_greedy():
-    return {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    filters = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    penalties = {"repetition_penalty": 1.0, "presence_penalty": 0.0}
+    return {"temperature": 0.0, **filters, **penalties}
 
 
 def lines_of(items):
@@ -239,6 +256,8 @@ def test_every_task_comes_once_and_always_in_the_same_batches():
 
 def test_the_shape_of_a_batch():
     batch = [task(1), task(2, length=3), task(3)]
-    shapes, greedy, filtered = shape_of(batch, Autoregressive())
+    shapes, *kinds = shape_of(batch, Autoregressive())
     assert shapes == Shapes(rows=4, chunk=16, capacity=64)
-    assert (greedy, filtered) == (True, False)
+    assert kinds == [True, False, False]
+    batch[0].sampling["presence_penalty"] = 1.0
+    assert shape_of(batch, Autoregressive()) == (shapes, True, False, True)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.rng import row_keys
 from jaxllm.decoding import choose, make_sampler, warp
+from jaxllm.decoding.sampling import best
 
 
 def warp_reference(logits, temperature, top_k, top_p, min_p) -> np.ndarray:
@@ -135,3 +136,13 @@ def test_values_out_of_range_are_refused(name, value, rule) -> None:
     assert str(caught.value) == (
         f"cannot sample: {name} is {value}, expected {rule}. Correct --{name}."
     )
+
+
+def test_the_best_score_is_that_of_argmax() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.integers(-3, 4, (5, 4, 40)).astype(np.float32)  # ties everywhere
+    scores[0, 0, :] = -np.inf
+    scores[1, 1, 3:] = -np.inf
+    assert (best(jnp.asarray(scores)) == scores.argmax(-1)).all()
+    scores[2, 2, 5] = np.nan
+    assert 0 <= int(best(jnp.asarray(scores))[2, 2]) < 40

@@ -9,15 +9,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxllm.core.errors import ConfigError
 from jaxllm.decoding.protocol import Draft
 
-__all__ = ["Constraint", "constrain", "follow"]
+__all__ = ["Constraint", "constrain", "follow", "walk_states"]
 
 
 class Constraint(Protocol):
     """Which tokens may come next: a registered dataclass, its tables are leaves.
 
     End tokens are the engine's business: they are allowed where the text may end.
+
+    A constraint that has to see the whole draft at once has a method
+    `walk(state, draft) -> (allowed_BMV, accepting_BM, states)` besides, which is called
+    in place of the others; `states` are those at every node, leaves `[B, M, ...]`.
     """
 
     def init(self, rows: int) -> Any:
@@ -49,13 +54,22 @@ def constrain(
       The logits, -inf where a token is not allowed; bool `[B, M]`, nodes behind which
       nothing at all may come, whose logits are left alone; and the state at every
       node, leaves `[B, M, ...]`.
+
+    Raises:
+      ConfigError: The constraint was made for another vocabulary.
     """
     walk = getattr(constraint, "walk", None)
     if walk is not None:
         allowed_BMV, accepting_BM, states = walk(state, draft)
     else:
         allowed_BMV, accepting_BM, states = _walk(constraint, state, draft)
-    token_V = jnp.arange(logits_BMV.shape[-1])
+    V = logits_BMV.shape[-1]
+    if allowed_BMV.shape[-1] != V:
+        raise ConfigError(
+            f"cannot constrain: the constraint: is for {allowed_BMV.shape[-1]} tokens, "
+            f"expected {V}, the model's vocabulary. Make it for this model."
+        )
+    token_V = jnp.arange(V)
     ends_V = (token_V[:, None] == eos_E).any(axis=1)
     allowed_BMV = jnp.where(ends_V, accepting_BM[..., None], allowed_BMV)
     stuck_BM = ~allowed_BMV.any(axis=-1)
@@ -63,7 +77,14 @@ def constrain(
     return masked, stuck_BM, states
 
 
-def _walk(constraint: Constraint, state: Any, draft: Draft) -> tuple[Array, Array, Any]:
+def walk_states(constraint: Constraint, state: Any, draft: Draft) -> Any:
+    """Returns the state at every node of a draft, leaves `[B, M, ...]`.
+
+    Args:
+      constraint: The rule; only its `advance` is asked.
+      state: Behind the pending token, `[B, ...]`.
+      draft: Chain or tree.
+    """
     rows, nodes = draft.tokens_BM.shape
     row_B = jnp.arange(rows)
     states = jax.tree.map(
@@ -79,16 +100,16 @@ def _walk(constraint: Constraint, state: Any, draft: Draft) -> tuple[Array, Arra
         after = constraint.advance(at, draft.tokens_BM[:, node])
         return jax.tree.map(lambda x, y: x.at[:, node].set(y), states, after)
 
-    states = jax.lax.fori_loop(1, nodes, visit, states)
-    allowed = [
-        constraint.allowed(jax.tree.map(lambda x, i=i: x[:, i], states))
-        for i in range(nodes)
-    ]
-    accepting = [
-        constraint.accepting(jax.tree.map(lambda x, i=i: x[:, i], states))
-        for i in range(nodes)
-    ]
-    return jnp.stack(allowed, axis=1), jnp.stack(accepting, axis=1), states
+    return jax.lax.fori_loop(1, nodes, visit, states)
+
+
+def _walk(constraint: Constraint, state: Any, draft: Draft) -> tuple[Array, Array, Any]:
+    rows, nodes = draft.tokens_BM.shape
+    states = walk_states(constraint, state, draft)
+    # Every node as a row of its own, so that the constraint is asked once.
+    each = jax.tree.map(lambda x: x.reshape(rows * nodes, *x.shape[2:]), states)
+    allowed_BMV = constraint.allowed(each).reshape(rows, nodes, -1)
+    return allowed_BMV, constraint.accepting(each).reshape(rows, nodes), states
 
 
 def follow(
