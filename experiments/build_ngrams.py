@@ -2,8 +2,8 @@
 
     python -m experiments.build_ngrams --data=DIR
 
-`DIR` holds `tinystories_train.txt.gz` and `tinystories_valid.txt.gz`. The stories that
-also stand in the validation text are left out. What is written are counts of up to
+`DIR` holds `tinystories_train.txt.gz` and `tinystories_valid.txt.gz`. Stories that also
+stand in the validation text are left out. What is written are counts of up to
 three tokens of `demo`'s tokenizer, as shares, and no text: for every slot of the table
 the most frequent context that belongs there, and its likeliest continuations.
 

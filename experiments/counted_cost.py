@@ -16,6 +16,7 @@ import jax
 
 import jaxllm
 from jaxllm.drafting.draft_net import DraftNet
+from jaxllm.version import __version__
 
 __all__ = ["Setting", "measure", "write_report"]
 
@@ -138,7 +139,8 @@ def write_report(
     environment = {
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("jax", "jaxlib", "jaxllm")},
+        "jaxllm": __version__,
+        **{name: version(name) for name in ("jax", "jaxlib")},
     }
     report = {
         "format": 1,

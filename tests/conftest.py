@@ -36,6 +36,14 @@ hypothesis.settings.register_profile("jaxllm", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("jaxllm")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Lets go of compiled programs: a process that keeps thousands slows to a crawl."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+
+
 class NetworkBlockedError(ConnectionError):
     """A test reached for the network."""
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-__all__ = ["Shapes", "batch_bucket", "prompt_bucket", "shapes_for"]
+__all__ = ["Shapes", "batch_bucket", "prompt_bucket", "rungs_between", "shapes_for"]
 
 CHUNK = 512
 """Longest piece of a prompt that runs in one pass."""
@@ -54,3 +54,12 @@ def shapes_for(prompt_lengths: list[int], max_new_tokens: int, depth: int) -> Sh
     need = bucket + max_new_tokens + depth
     capacity = -(-need // _ROUND) * _ROUND
     return Shapes(batch_bucket(len(prompt_lengths)), min(bucket, CHUNK), capacity)
+
+
+def rungs_between(first: int, last: int) -> tuple[int, ...]:
+    """Returns capacities that double from the first to the last."""
+    rungs = []
+    while first < last:
+        rungs.append(first)
+        first *= 2
+    return (*rungs, last)

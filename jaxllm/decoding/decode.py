@@ -15,8 +15,9 @@ import numpy as np
 from jaxllm.attention.cache import DenseCache
 from jaxllm.core.errors import CapacityError, ConfigError, UserError
 from jaxllm.core.rng import row_keys
-from jaxllm.decoding.buckets import shapes_for
+from jaxllm.decoding.buckets import Shapes, shapes_for
 from jaxllm.decoding.engine import DecodeState, Stats, advance, prefill
+from jaxllm.decoding.ladder import first_rungs, grow, steps_within
 from jaxllm.decoding.protocol import Committed, Drafter, Params
 from jaxllm.decoding.sampling import Sampler
 from jaxllm.decoding.verify import check_verifier
@@ -46,6 +47,9 @@ class Request:
       seeds: Seed of each row; the same seed gives the same tokens in any batch.
       eos: Ids that end a row; the one that ended it is part of the output.
       steps_per_call: Steps of one dispatch; the host looks at the output between.
+      rungs: Capacities in slots: the batch starts at the first that holds its prompts
+        and grows when it has to, to the same tokens. When empty, the slots hold the
+        longest answer from the start.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -54,6 +58,7 @@ class Request:
     seeds: Sequence[int]
     eos: tuple[int, ...] = ()
     steps_per_call: int = STEPS_PER_CALL
+    rungs: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +68,12 @@ class Snapshot:
     Attributes:
       token_ids: New tokens of each row so far.
       done: Which rows have stopped.
+      capacity: Slots of a row by now.
     """
 
     token_ids: list[list[int]]
     done: np.ndarray
+    capacity: int = 0
 
 
 Watch = Callable[[Snapshot], Sequence[bool]]
@@ -200,19 +207,39 @@ def decode_chunks(
     check(model, request)
     check_verifier(drafter, request.sampler)
     rope_length = _rope_length(model, request)
-    state, sampler, shapes = _start(
-        model, params, request, drafter, cache_dtype, rope_length
+    lengths = [len(p) for p in request.prompts]
+    shapes = shapes_for(lengths, max(request.max_new_tokens), drafter.depth)
+    rungs = first_rungs(request.rungs, lengths, shapes.capacity, drafter.depth)
+    committed, limit_B = _rows(request, shapes, rungs[0])
+    sampler = committed.choice
+    begin = functools.partial(
+        _begin,
+        params,
+        limit_B=limit_B,
+        model=model,
+        drafter=drafter,
+        chunk=shapes.chunk,
+        cache_dtype=cache_dtype,
+        rope_length=rope_length,
     )
+    state = begin(committed)
     eos_E = jnp.asarray(request.eos or (-1,), jnp.int32)
-    count, steps = len(request.prompts), jnp.int32(request.steps_per_call)
-    done = np.asarray(state.done_B)[:count]
+    snapshot = _snapshot(state, request)
+    done = snapshot.done
     while not done.all():
+        rows = _active(request, snapshot, done)
+        steps = steps_within(rungs[0], rows, request.steps_per_call, drafter.depth)
+        if not steps:
+            held, rungs = [state], rungs[1:]
+            del state
+            state = grow(held, functools.partial(begin, committed, rungs[0]))
+            continue
         state = advance(
             params,
             state,
             sampler,
             eos_E,
-            steps,
+            jnp.int32(steps),
             model=model,
             drafter=drafter,
             rope_length=rope_length,
@@ -223,13 +250,8 @@ def decode_chunks(
         yield snapshot
         done = snapshot.done
         if watch is not None:
-            stopped = np.zeros((shapes.rows,), bool)
-            stopped[:count] = watch(snapshot)
-            if stopped.any():
-                state = dataclasses.replace(
-                    state, done_B=state.done_B | jnp.asarray(stopped)
-                )
-                done = done | stopped[:count]
+            stopped = np.asarray(watch(snapshot), bool)
+            state, done = _stop(state, stopped), done | stopped
     learned = drafter.learned(params["drafter"], state.drafter)
     return Decoded(_outputs(state, request), learned)
 
@@ -244,18 +266,13 @@ def _rope_length(model: Model, request: Request) -> int:
     return original if longest <= original else longest
 
 
-def _start(
-    model: Model,
-    params: Params,
-    request: Request,
-    drafter: Drafter,
-    cache_dtype: Any,
-    rope_length: int,
-) -> Any:
+def _rows(
+    request: Request, shapes: Shapes, capacity: int
+) -> tuple[Committed, jax.Array]:
+    """Returns the prompts of the batch, filled up, and where each row stops."""
     lengths = [len(p) for p in request.prompts]
-    shapes = shapes_for(lengths, max(request.max_new_tokens), drafter.depth)
     fill = shapes.rows - len(lengths)
-    tokens_BS = np.zeros((shapes.rows, shapes.capacity), np.int32)
+    tokens_BS = np.zeros((shapes.rows, capacity), np.int32)
     for row, prompt in enumerate(request.prompts):
         tokens_BS[row, : len(prompt)] = prompt
     length_B = np.asarray(lengths + [1] * fill, np.int32)
@@ -271,24 +288,32 @@ def _start(
         sampler,
         jnp.asarray(length_B),
     )
-    state = prefill(
-        params,
-        committed,
-        _empty_cache(
-            params["target"],
-            model=model,
-            rows=shapes.rows,
-            capacity=shapes.capacity,
-            dtype=cache_dtype,
-        ),
-        jnp.asarray(limit_B),
-        jnp.zeros((shapes.rows,), bool),
-        model=model,
-        drafter=drafter,
-        chunk=shapes.chunk,
-        rope_length=rope_length,
+    return committed, jnp.asarray(limit_B)
+
+
+def _begin(
+    params: Params,
+    committed: Committed,
+    capacity: int | None = None,
+    *,
+    limit_B: jax.Array,
+    cache_dtype: Any,
+    **options: Any,
+) -> DecodeState:
+    """Returns the state after the prompts, with their slots or with more."""
+    rows, slots = committed.tokens_BS.shape
+    if capacity is not None:
+        tokens_BS = jnp.pad(committed.tokens_BS, ((0, 0), (0, capacity - slots)))
+        committed = dataclasses.replace(committed, tokens_BS=tokens_BS)
+    cache = _empty_cache(
+        params["target"],
+        model=options["model"],
+        rows=rows,
+        capacity=capacity or slots,
+        dtype=cache_dtype,
     )
-    return state, sampler, shapes
+    done_B = jnp.zeros((rows,), bool)
+    return prefill(params, committed, cache, limit_B, done_B, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rows", "capacity", "dtype"))
@@ -299,6 +324,27 @@ def _empty_cache(
     return model.init_cache(params, rows, capacity, dtype)
 
 
+def _stop(state: DecodeState, stopped: np.ndarray) -> DecodeState:
+    """Returns the state with some rows of the request stopped."""
+    if not stopped.any():
+        return state
+    fill = state.done_B.shape[0] - len(stopped)
+    done_B = state.done_B | jnp.asarray(np.pad(stopped, (0, fill)))
+    return dataclasses.replace(state, done_B=done_B)
+
+
+def _active(
+    request: Request, snapshot: Snapshot, done: np.ndarray
+) -> list[tuple[int, int]]:
+    """Returns length and limit of the rows that go on."""
+    rows = zip(request.prompts, snapshot.token_ids, request.max_new_tokens, strict=True)
+    return [
+        (len(prompt) + len(ids), len(prompt) + new)
+        for (prompt, ids, new), over in zip(rows, done, strict=True)
+        if not over
+    ]
+
+
 def _snapshot(state: DecodeState, request: Request) -> Snapshot:
     tokens_BS, length_B, done_B = jax.device_get(
         (state.committed.tokens_BS, state.committed.length_B, state.done_B)
@@ -307,7 +353,7 @@ def _snapshot(state: DecodeState, request: Request) -> Snapshot:
         tokens_BS[row, len(prompt) : length_B[row]].tolist()
         for row, prompt in enumerate(request.prompts)
     ]
-    return Snapshot(token_ids, done_B[: len(token_ids)])
+    return Snapshot(token_ids, done_B[: len(token_ids)], tokens_BS.shape[1])
 
 
 def _outputs(state: DecodeState, request: Request) -> list[Output]:

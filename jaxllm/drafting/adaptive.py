@@ -23,7 +23,7 @@ from jaxllm.decoding.protocol import (
 )
 from jaxllm.drafting.costs import measure_cost
 from jaxllm.drafting.fallback import widen
-from jaxllm.drafting.jacobi import Jacobi
+from jaxllm.drafting.prompt_lookup import PromptLookup
 from jaxllm.models.freeze import Forward
 
 __all__ = ["Adaptive", "AdaptiveState"]
@@ -80,9 +80,7 @@ class Adaptive(Drafter):
       the controller is ours.
     """
 
-    drafter: Drafter = dataclasses.field(
-        default_factory=lambda: Jacobi(window=8, fill="ngram")
-    )
+    drafter: Drafter = dataclasses.field(default_factory=PromptLookup)
     widths: tuple[int, ...] = (1, 4, 8)
     costs: tuple[float, ...] = ()
     measure: bool = False
@@ -157,6 +155,11 @@ class Adaptive(Drafter):
     def forward(self) -> Any:  # type: ignore[override]
         """The inner drafter's, at the widest."""
         return self.variants[-1].forward
+
+    @property
+    def reads_hidden(self) -> bool:  # type: ignore[override]
+        """Whether the inner drafter reads the target's hidden states."""
+        return self.drafter.reads_hidden
 
     def bind(self, lm: Any) -> tuple[Drafter, Any]:
         """Binds the inner drafter, and measures costs if asked to."""

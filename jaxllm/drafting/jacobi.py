@@ -14,6 +14,7 @@ from jaxllm.core.errors import ConfigError
 from jaxllm.core.pytree import pytree_dataclass
 from jaxllm.decoding.protocol import Committed, Draft, Drafter, Params, Verdict
 from jaxllm.decoding.sampling import stream_keys
+from jaxllm.drafting.prompt_lookup import match_continuation
 from jaxllm.models.freeze import Forward
 
 __all__ = ["Jacobi", "JacobiState", "context_fillers"]
@@ -182,7 +183,12 @@ class Jacobi(Drafter):
         if self.fill == "context" or self.depth == 0:
             return random_BG
         virtual = committed.extend(known_BG, kept_B)
-        found_BG, match_B = _continuation(virtual, self.depth)
+        found_BG, match_B = match_continuation(
+            virtual.tokens_BS,
+            virtual.length_B,
+            length=self.depth,
+            max_ngram=_MAX_NGRAM,
+        )
         # Filler i of the result stands at guess kept + i.
         at_BG = jnp.clip(index_G - kept_B[:, None], 0, self.depth - 1)
         found_BG = jnp.take_along_axis(found_BG, at_BG, axis=1)
@@ -214,28 +220,3 @@ def context_fillers(committed: Committed, position_BX: Array) -> Array:
 
     at_BX = jax.vmap(jax.vmap(pick, (None, 0, None)))(key_B, position_BX, length_B)
     return jnp.take_along_axis(committed.tokens_BS, at_BX, axis=1)
-
-
-def _continuation(committed: Committed, count: int) -> tuple[Array, Array]:
-    """Returns what followed the last tokens before, and how many of them matched.
-
-    The longest match counts, of equals the last; where the row ends, the match is
-    repeated.
-    """
-    tokens_BS, length_B = committed.tokens_BS, committed.length_B[:, None]
-    slots = tokens_BS.shape[1]
-    index_S = jnp.arange(slots, dtype=jnp.int32)
-    run_BS = jnp.ones_like(tokens_BS, bool)
-    match_BS = jnp.zeros_like(tokens_BS)
-    for i in range(_MAX_NGRAM):
-        last_B1 = jnp.take_along_axis(
-            tokens_BS, jnp.clip(length_B - 1 - i, 0, slots - 1), axis=1
-        )
-        run_BS &= (jnp.roll(tokens_BS, i, axis=1) == last_B1) & (index_S >= i)
-        match_BS += run_BS
-    match_BS = jnp.where(index_S < length_B - 1, match_BS, 0)
-    best_B1 = jnp.argmax(match_BS * slots + index_S, axis=1)[:, None]
-    period_B1 = jnp.maximum(length_B - 1 - best_B1, 1)
-    at_BX = best_B1 + 1 + jnp.arange(count) % period_B1
-    found_BX = jnp.take_along_axis(tokens_BS, jnp.minimum(at_BX, slots - 1), axis=1)
-    return found_BX, jnp.take_along_axis(match_BS, best_B1, axis=1)[:, 0]

@@ -16,6 +16,7 @@ from jaxllm.core.pytree import pytree_dataclass
 from jaxllm.decoding.bound import MEMORY
 from jaxllm.decoding.protocol import Committed, Draft, Drafter, Params, Verdict
 from jaxllm.drafting.jacobi import context_fillers
+from jaxllm.drafting.prompt_lookup import merge_chains
 from jaxllm.models.freeze import Forward
 
 __all__ = ["Lookahead", "LookaheadState", "Pool"]
@@ -118,7 +119,8 @@ class Lookahead(Drafter):
 
     The pool starts empty unless a memory was loaded. Each row has its own, so that
     its drafts do not depend on its batch; the memory keeps of every slot that row's
-    n-grams which wrote most.
+    n-grams which wrote most. A step that runs a part of the tree teaches nothing: let
+    `adaptive` choose between 1 and the whole width.
 
     Source: Break the Sequential Dependency of LLM Inference Using Lookahead Decoding
       (arXiv 2402.02057), section 3.
@@ -190,30 +192,15 @@ class Lookahead(Drafter):
         """Returns the tree of fitting n-grams and the window."""
         unseen_B = jnp.zeros_like(committed.length_B, bool)
         state = self._move(state, committed, state.window_BWL, unseen_B)
-        rows, G, L = committed.length_B.shape[0], self.pool, self.levels
         gram_BGL, there_BG = state.pool.find(committed.pending_B)
-        # For every n-gram the first one that begins alike, at each length.
-        alike_BGGL = jnp.cumprod(gram_BGL[:, :, None] == gram_BGL[:, None], axis=3)
-        alike_BGGL = (alike_BGGL > 0) & there_BG[:, None, :, None]
-        first_BGL = jnp.argmax(alike_BGGL, axis=2)
-        node_BGL = 1 + first_BGL * L + jnp.arange(L)
-        root_BG1 = jnp.zeros((rows, G, 1), jnp.int32)
-        parents_BGL = jnp.concatenate([root_BG1, node_BGL[..., :-1]], axis=2)
-        valid_BGL = (first_BGL == jnp.arange(G)[:, None]) & there_BG[..., None]
-
-        window = jnp.asarray(self._window_parents(), jnp.int32)
-        window_BX = jnp.broadcast_to(window, (rows, window.size))
-
-        def whole(root: Any, pooled: Array, window_BX: Array) -> Array:
-            root_B1 = jnp.broadcast_to(root, (rows,))[:, None]
-            parts = [root_B1, pooled.reshape(rows, -1), window_BX]
-            return jnp.concatenate(parts, axis=1)
-
-        tokens_BX = state.window_BWL.reshape(rows, -1)
+        pooled = merge_chains(committed.pending_B, gram_BGL, there_BG)
+        assert pooled.parents_BM is not None
+        tokens_BX = state.window_BWL.reshape(state.window_BWL.shape[0], -1)
+        parents_BX = jnp.broadcast_to(self._window_parents(), tokens_BX.shape)
         return state, Draft(
-            tokens_BM=whole(committed.pending_B, gram_BGL, tokens_BX),
-            valid_BM=whole(True, valid_BGL, jnp.ones_like(tokens_BX, bool)),
-            parents_BM=whole(-1, parents_BGL, window_BX).astype(jnp.int32),
+            jnp.concatenate([pooled.tokens_BM, tokens_BX], axis=1),
+            jnp.concatenate([pooled.valid_BM, jnp.ones_like(tokens_BX, bool)], axis=1),
+            jnp.concatenate([pooled.parents_BM, parents_BX], axis=1).astype(jnp.int32),
         )
 
     def _window_parents(self) -> np.ndarray:

@@ -38,6 +38,14 @@ OPTIONS = {
         "model=target,quantize=int8,length=3",
         "model=target,layers=1,length=0",
     ],
+    "prompt_lookup": ["", "branch=3,length=4"],
+    "max_gram": ["", "length=3,min_ngram=2"],
+    "trigram": [
+        "",
+        "search=puct,iterations=9",
+        "learn=tree,eta=0.9",
+        "nodes=2",
+    ],
     "tree": [
         "model=target,layers=1",
         "model=target,layers=1,shape=static,depth=3",

@@ -4,6 +4,8 @@ import collections
 import dataclasses
 import functools
 import itertools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -226,3 +228,13 @@ def test_the_shipped_table_is_small_and_whole() -> None:
         assert next_XR.max() < 2048
         assert ((next_XR >= 0) == (prob_XR > 0)).all()
         assert prob_XR.sum(axis=1).max() < 1.002
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_the_shipped_table_is_what_the_script_builds(data_dir, tmp_path) -> None:
+    built = tmp_path / "built.safetensors"
+    command = [sys.executable, "-m", "experiments.build_ngrams"]
+    command += [f"--data={data_dir / 'text'}", f"--output={built}"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert built.read_bytes() == shipped_tables()["demo-ngrams"].read_bytes()

@@ -60,10 +60,13 @@ def with_ties(table: TrigramTable) -> TrigramTable:
 
 
 def without_ties(table: TrigramTable) -> TrigramTable:
+    """Some contexts are sure of one candidate, others of none."""
     rng = np.random.default_rng(0)
 
     def shake(prob_XR):
-        return prob_XR * jnp.asarray(rng.uniform(0.5, 1, prob_XR.shape), jnp.float32)
+        power = rng.choice([0.3, 8.0], (len(prob_XR), 1))
+        factor = rng.uniform(0, 1, prob_XR.shape) ** power
+        return prob_XR * jnp.asarray(factor, jnp.float32)
 
     return dataclasses.replace(
         table,
@@ -117,7 +120,7 @@ def valid_nodes(draft, row: int) -> list[tuple[int, int]]:
     ("change", "temperature"),
     [(with_ties, 0.0), (without_ties, 0.0), (without_ties, 0.8)],
 )
-@pytest.mark.parametrize(("nodes", "depth"), [(8, 4), (12, 3), (2, 1)])
+@pytest.mark.parametrize(("nodes", "depth"), [(8, 4), (5, 3), (2, 1)])
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_search_finds_what_a_plain_one_finds(
     search, nodes, depth, change, temperature
