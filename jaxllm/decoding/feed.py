@@ -14,7 +14,7 @@ from jaxllm.attention.cache import Cache
 from jaxllm.attention.masks import CAUSAL
 from jaxllm.models.freeze import Context, Model
 
-__all__ = ["feed", "feed_chunk"]
+__all__ = ["after", "feed", "feed_chunk"]
 
 C = TypeVar("C", bound=Cache)
 Keep = Callable[[Any, Array, Array, dict[str, Array]], Any]
@@ -64,9 +64,22 @@ def feed_chunk(
     )
     x_BCD = model.embed(params, tokens_BC, context.positions_BT)
     x_BCD, new_kv, aux = model.run_layers(params, x_BCD, context, 0, stop)
-    count_B = jnp.clip(upto_B - cache.length_B, 0, chunk)
+    count_B = after(x_BCD, jnp.clip(upto_B - cache.length_B, 0, chunk))
     grown: Any = cache.append(new_kv, count_B=count_B)
     return grown, x_BCD, aux
+
+
+def after(x: Array, count_B: Array) -> Array:
+    """Returns the count, known only once `x` is.
+
+    A cache is written in place where every layer has read it before. XLA sees that if
+    what is written depends on the last layer, as behind a verifier; else it copies the
+    whole cache first.
+    """
+    one = x.reshape(-1)[0]
+    # True of no number at all, NaN included, which the compiler does not find out.
+    never = (one > 1) & (one < 0)
+    return jnp.where(never, 0, count_B)
 
 
 def feed(

@@ -20,7 +20,7 @@ from jaxllm.checkpoints import LanguageModel, load_language_model
 from jaxllm.core import registry
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.pytree import pytree_dataclass
-from jaxllm.decoding.feed import feed, feed_chunk
+from jaxllm.decoding.feed import after, feed, feed_chunk
 from jaxllm.decoding.protocol import Committed, Counts, Params
 from jaxllm.models.freeze import Context, Forward, Model
 from jaxllm.quantization import METHODS as QUANTIZERS
@@ -195,7 +195,8 @@ class DraftNet:
         """Feeds one token of every row; returns the logits `[B, 1, V]` after it."""
         position_B1 = state.cache.length_B[:, None]
         forward = self.forward(params, token_B1, position_B1, state.cache, CAUSAL)
-        cache = state.cache.append(forward.new_kv)
+        one_B = after(forward.hidden_BTD, jnp.ones_like(state.cache.length_B))
+        cache = state.cache.append(forward.new_kv, count_B=one_B)
         grown = dataclasses.replace(state, cache=cache)
         return add_pass(grown, 1), forward.logits_BTV
 

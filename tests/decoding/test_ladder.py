@@ -67,6 +67,7 @@ def test_growing_changes_no_token(rungs) -> None:
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [

@@ -5,7 +5,7 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.core.errors import ConfigError
@@ -71,6 +71,7 @@ def trees(draw):
     return np.arange(count) + 1, np.asarray(parents), np.asarray(scores)
 
 
+@settings(max_examples=40)
 @given(trees(), st.integers(2, 14))
 def test_keeping_the_best_keeps_their_ancestors(tree, nodes) -> None:
     tokens, parents, scores = tree
