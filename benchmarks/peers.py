@@ -77,14 +77,10 @@ class Jaxllm(Contender):
         )
 
     def generate(self, prompts: Tokens, count: int) -> Tokens:
-        from jaxllm.decoding.decode import STEPS_PER_CALL
+        from jaxllm.decoding.decode import STEPS_PER_CALL, drain
 
-        chunks = self._chunks(prompts, count, STEPS_PER_CALL)
-        while True:
-            try:
-                next(chunks)
-            except StopIteration as end:
-                return [output.token_ids for output in end.value]
+        decoded = drain(self._chunks(prompts, count, STEPS_PER_CALL))
+        return [output.token_ids for output in decoded.outputs]
 
     def first(self, prompts: Tokens, count: int) -> Tokens:
         # The request of the whole run, left after one step: the same shapes.

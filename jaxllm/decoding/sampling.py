@@ -32,9 +32,9 @@ __all__ = [
 
 VERIFIERS = ("match", "reject")
 
-# Streams of a row's key: noise that drafter and target share, and noise that a
-# rejection test needs to be independent of everything else.
-SHARED_STREAM, DRAFT_STREAM, TEST_STREAM, RESIDUAL_STREAM = range(4)
+# Streams of a row's key: noise that drafter and target share, noise that a rejection
+# test needs to be independent of everything else, and what fills guesses.
+SHARED_STREAM, DRAFT_STREAM, TEST_STREAM, RESIDUAL_STREAM, FILL_STREAM = range(5)
 
 
 @pytree_dataclass

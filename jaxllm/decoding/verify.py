@@ -15,11 +15,13 @@ import numpy as np
 from jax import Array
 
 from jaxllm.core.errors import ConfigError
+from jaxllm.core.rng import position_gumbel
 from jaxllm.decoding.protocol import Committed, Draft, Drafter, Verdict
 from jaxllm.decoding.sampling import (
     RESIDUAL_STREAM,
     TEST_STREAM,
     Sampler,
+    best,
     choose,
     log_probabilities,
     stream_keys,
@@ -179,23 +181,15 @@ def reject(
     empty_B1 = rest_BV.sum(axis=1, keepdims=True) <= 0
     rest_BV = jnp.where(empty_B1, p_BV, rest_BV)
     position_B1 = (length_B + accepted_B)[:, None]
-    residual = make_residual_sampler(sampler)
-    next_B = choose(
-        jnp.log(rest_BV)[:, None],
-        position_B1,
-        stream_keys(key_B, RESIDUAL_STREAM),
-        residual,
-    )[:, 0]
+    next_B = _draw_residual(rest_BV, position_B1, stream_keys(key_B, RESIDUAL_STREAM))
     chosen_BM = choose(logits_BMV, position_BM, key_B, sampler)
     return _verdict(path_BJ, accepted_B, next_B, chosen_BM)
 
 
-def make_residual_sampler(sampler: Sampler) -> Sampler:
-    """Returns the sampler that draws from probabilities as they stand."""
-    one_B = jnp.ones_like(sampler.temperature_B)
-    return Sampler(
-        one_B, 0 * sampler.top_k_B, one_B, 0 * one_B, one_B, 0 * one_B, greedy=False
-    )
+def _draw_residual(rest_BV: Array, position_B1: Array, key_B: Array) -> Array:
+    """Draws from what is left, in proportion; it need not sum to 1."""
+    noise_B1V = position_gumbel(key_B, position_B1, rest_BV.shape[-1])
+    return best(jnp.log(rest_BV) + noise_B1V[:, 0])
 
 
 def _uniform(key_B: Array, position_BM: Array) -> Array:

@@ -13,14 +13,12 @@ from jax import Array
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.pytree import pytree_dataclass
 from jaxllm.decoding.protocol import Committed, Draft, Drafter, Params, Verdict
-from jaxllm.decoding.sampling import stream_keys
+from jaxllm.decoding.sampling import FILL_STREAM, stream_keys
 from jaxllm.drafting.prompt_lookup import match_continuation
 from jaxllm.models.freeze import Forward
 
 __all__ = ["Jacobi", "JacobiState", "context_fillers"]
 
-# Streams 0 to 3 of a row's key belong to sampling and verification.
-FILL_STREAM = 4
 # Longest suffix that an n-gram filler looks up.
 _MAX_NGRAM = 4
 

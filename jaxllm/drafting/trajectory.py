@@ -21,6 +21,7 @@ from jaxllm.decoding.buckets import shapes_for
 from jaxllm.decoding.decode import check_ids
 from jaxllm.decoding.feed import feed
 from jaxllm.decoding.protocol import Committed
+from jaxllm.decoding.sampling import best
 from jaxllm.drafting.jacobi import context_fillers
 from jaxllm.models.freeze import Context, Model, NewKV
 
@@ -221,8 +222,7 @@ def _iterate(
         )
         context = Context(position_BT - 1, None, CAUSAL, cache, rope_length=slots)
         forward = model(params, tokens_BT, context)
-        chosen_BT = jnp.argmax(forward.logits_BTV, axis=-1).astype(jnp.int32)
-        return chosen_BT, forward.new_kv
+        return best(forward.logits_BTV), forward.new_kv
 
     y_BT = context_fillers(committed, position_BT)
     iterates = jnp.broadcast_to(y_BT[:, None], (rows, length + 1, length))

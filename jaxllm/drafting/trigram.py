@@ -17,6 +17,7 @@ from jaxllm.core.errors import ConfigError
 from jaxllm.core.pytree import pytree_dataclass
 from jaxllm.decoding.bound import MEMORY
 from jaxllm.decoding.protocol import Committed, Draft, Drafter, Params, Verdict
+from jaxllm.decoding.sampling import best
 from jaxllm.drafting.ngram_counts import count_prompts
 from jaxllm.drafting.ngrams import TrigramTable, empty_table, load_table, slot_of
 from jaxllm.drafting.trigram_search import Beliefs, best_first, puct
@@ -241,10 +242,7 @@ def adapt(
     """
     total_N = jax.nn.logsumexp(logits_NV, axis=-1)
     most_N = logits_NV.max(axis=-1)
-    V = logits_NV.shape[-1]
-    # The first of the largest: two plain reductions, where argmax is slow on a CPU.
-    id_V = jnp.arange(V, dtype=jnp.int32)
-    top_N = jnp.where(logits_NV == most_N[:, None], id_V, V - 1).min(axis=-1)
+    V, top_N = logits_NV.shape[-1], best(logits_NV)
     valid_N &= jnp.isfinite(total_N)
     slot_N = jnp.where(
         valid_N & (u_N >= 0), slot_of(u_N, v_N, table.slots), table.slots

@@ -137,14 +137,12 @@ def test_mixed_rows_keep_greedy_rows_greedy() -> None:
 def unnormalized(draft, logits_BMV, sampler, committed, *, depth, monkeypatch):
     """Draws from max(p - q, 0) as if it summed to 1."""
 
-    def choose(logits, position, key, options):
-        if logits.shape[1] > 1:
-            return sampling.choose(logits, position, key, options)
-        total = jnp.cumsum(jnp.exp(logits[:, 0]), axis=-1)
+    def draw_residual(rest, position, key):
+        total = jnp.cumsum(rest, axis=-1)
         u = jax.vmap(jax.random.uniform)(key)[:, None]
-        return jnp.minimum((total < u).sum(-1), V - 1).astype(jnp.int32)[:, None]
+        return jnp.minimum((total < u).sum(-1), V - 1).astype(jnp.int32)
 
-    monkeypatch.setattr(verify, "choose", choose)
+    monkeypatch.setattr(verify, "_draw_residual", draw_residual)
     return reject(draft, logits_BMV, sampler, committed, depth=depth)
 
 
