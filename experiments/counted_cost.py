@@ -16,11 +16,10 @@ import jax
 
 import jaxllm
 from jaxllm.drafting.draft_net import DraftNet
+from jaxllm.evaluation import default_prompts
 from jaxllm.version import __version__
 
-__all__ = ["Setting", "measure", "write_report"]
-
-STORIES = Path(jaxllm.__file__).parent / "_data" / "prompts" / "stories.jsonl"
+__all__ = ["Setting", "measure", "story_prompts", "write_report"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +60,8 @@ class Setting:
 
 
 def story_prompts() -> list[str]:
-    """Returns the prompts that ship with the package."""
-    return [json.loads(line)["prompt"] for line in STORIES.read_text().splitlines()]
+    """Returns the texts of the prompts that ship with the package."""
+    return [row.prompt for row in default_prompts().rows]
 
 
 def size(params: Any) -> int:

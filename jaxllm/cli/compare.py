@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from jaxllm.cli.options import Choice, Flag, Number, Texts, UsageError
+from jaxllm.cli.options import (
+    MESH,
+    MODEL,
+    SAMPLING,
+    Choice,
+    Flag,
+    Number,
+    Texts,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from jaxllm.checkpoints import LanguageModel
@@ -30,7 +39,7 @@ as good as equal (a near tie) is counted and is none.
 """
 
 FLAGS = (
-    Flag("model", "demo", "a Hugging Face directory, hf:org/name, or a shipped model"),
+    MODEL,
     Texts(
         "decode",
         [],
@@ -50,16 +59,7 @@ FLAGS = (
         low=1,
         integer=True,
     ),
-    Number("temperature", 0.0, "0 is greedy", low=0),
-    Number("top_p", 1.0, "keep this much probability", low=1e-6, high=1),
-    Number("top_k", 0, "keep the k likeliest tokens; 0 keeps all", low=0, integer=True),
-    Number(
-        "min_p",
-        0.0,
-        "keep tokens at least this likely relative to the likeliest",
-        low=0,
-        high=1 - 1e-6,
-    ),
+    *SAMPLING,
     Number(
         "seed",
         0,
@@ -80,7 +80,7 @@ FLAGS = (
         None,
         "dtype of weights and activations (default: float32 on a CPU, else bfloat16)",
     ),
-    Flag("mesh", None, "devices to use, such as data=1,tensor=4"),
+    MESH,
 )
 
 _RESULTS, _PICTURE = "results.json", "comparison.png"
@@ -105,6 +105,7 @@ def run(values: flags.FlagValues) -> int:
     import jax
 
     from jaxllm import api
+    from jaxllm.cli.progress import note
     from jaxllm.evaluation import (
         DEFAULT_METHODS,
         DEMO_METHODS,
@@ -140,12 +141,8 @@ def run(values: flags.FlagValues) -> int:
     _write(comparison, values.output)
     for method in comparison.methods:
         if method.lossless is False:
-            _note(_accusation(lm, comparison, method))
+            note(_accusation(lm, comparison, method), "compare")
     return 0 if comparison.lossless else _NOT_LOSSLESS
-
-
-def _note(text: str) -> None:
-    print(f"jaxllm compare: {text}", file=sys.stderr, flush=True)
 
 
 def _make_folder(path: str) -> None:
@@ -174,12 +171,13 @@ class Progress:
 
     def begin(self, cost: "Cost") -> None:
         """Says what the comparison will take."""
-        from jaxllm.cli.progress import Bar
+        from jaxllm.cli.progress import Bar, note
 
-        _note(
+        note(
             f"parameters {cost.parameter_bytes / 1e6:.4g} MB, methods {cost.methods}, "
             f"prompts {cost.prompts}, shapes to compile {cost.shapes}, target passes "
-            f"at most {cost.passes}"
+            f"at most {cost.passes}",
+            "compare",
         )
         self._bar = Bar(cost.rows)
         self._bar.start()

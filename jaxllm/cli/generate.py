@@ -8,7 +8,17 @@ from typing import IO, TYPE_CHECKING, Any
 
 from absl import flags
 
-from jaxllm.cli.options import Choice, Flag, Number, Switch, Texts, UsageError
+from jaxllm.cli.options import (
+    MESH,
+    MODEL,
+    SAMPLING,
+    Choice,
+    Flag,
+    Number,
+    Switch,
+    Texts,
+    UsageError,
+)
 from jaxllm.version import __version__
 
 if TYPE_CHECKING:
@@ -35,7 +45,7 @@ the rows that are missing.
 """
 
 FLAGS = (
-    Flag("model", "demo", "a Hugging Face directory, hf:org/name, or a shipped model"),
+    MODEL,
     Flag("prompt", None, "the text to continue"),
     Flag("prompts", None, "a JSONL file of rows, or - for standard input"),
     Flag("decode", "autoregressive", "the method, name[:option=value,...]"),
@@ -46,16 +56,7 @@ FLAGS = (
         low=0,
         integer=True,
     ),
-    Number("temperature", 0.0, "0 is greedy", low=0),
-    Number("top_p", 1.0, "keep this much probability", low=1e-6, high=1),
-    Number("top_k", 0, "keep the k likeliest tokens; 0 keeps all", low=0, integer=True),
-    Number(
-        "min_p",
-        0.0,
-        "keep tokens at least this likely relative to the likeliest",
-        low=0,
-        high=1 - 1e-6,
-    ),
+    *SAMPLING,
     Number(
         "repetition_penalty",
         1.0,
@@ -102,7 +103,7 @@ FLAGS = (
         integer=True,
     ),
     Flag("dtype", "bfloat16", "dtype of weights and activations, such as float32"),
-    Flag("mesh", None, "devices to use, such as data=1,tensor=4"),
+    MESH,
     Flag("output", None, "write rows as JSONL to this file, or go on with it"),
     Switch("stream", False, "print text as it comes"),
     Switch("stats", False, "print totals as JSON to stderr"),

@@ -13,6 +13,9 @@ from typing import Any
 from absl import flags
 
 __all__ = [
+    "MESH",
+    "MODEL",
+    "SAMPLING",
     "SHARED",
     "Choice",
     "Flag",
@@ -163,6 +166,25 @@ class _Numbers(flags.ArgumentParser):
             raise ValueError(f"expected {self.wanted}")
         return value
 
+
+MODEL = Flag(
+    "model", "demo", "a Hugging Face directory, hf:org/name, or a shipped model"
+)
+MESH = Flag("mesh", None, "devices to use, such as data=1,tensor=4")
+
+SAMPLING = (
+    Number("temperature", 0.0, "0 is greedy", low=0),
+    Number("top_p", 1.0, "keep this much probability", low=1e-6, high=1),
+    Number("top_k", 0, "keep the k likeliest tokens; 0 keeps all", low=0, integer=True),
+    Number(
+        "min_p",
+        0.0,
+        "keep tokens at least this likely relative to the likeliest",
+        low=0,
+        high=1 - 1e-6,
+    ),
+)
+"""How tokens are drawn."""
 
 SHARED = (
     Flag("profile_dir", None, "write a trace for TensorBoard or xprof to this folder"),

@@ -10,15 +10,16 @@ from typing import Any
 import jax
 
 from jaxllm.api import Result
+from jaxllm.decoding.payoff import acceptance_by_depth
 
 __all__ = ["Bar", "Meter", "note"]
 
 _COMPILING = "/jax/core/compile/"
 
 
-def note(text: str) -> None:
+def note(text: str, command: str = "generate") -> None:
     """Prints a line to stderr."""
-    print(f"jaxllm generate: {text}", file=sys.stderr, flush=True)
+    print(f"jaxllm {command}: {text}", file=sys.stderr, flush=True)
 
 
 class Meter:
@@ -80,17 +81,15 @@ class Meter:
         `tokens_per_second`. A pass counts once for every row that took part in it.
         `emitted` counts tokens behind a stop string too, which passes were spent on.
         """
-        passes, tested = self._counts["target_passes"], self._tested[1:]
+        passes = self._counts["target_passes"]
+        acceptance = acceptance_by_depth(self._accepted, self._tested)
         running = self._seconds - self._compiling
         return {
             "rows": self.rows,
             "failed": self.failed,
             **self._counts,
             "tokens_per_pass": round(self._counts["emitted"] / max(passes, 1), 4),
-            "acceptance_by_depth": [
-                round(a / t, 4) if t else 0.0
-                for a, t in zip(self._accepted[1:], tested, strict=True)
-            ],
+            "acceptance_by_depth": [round(share, 4) for share in acceptance],
             "seconds": round(self._seconds, 3),
             "compile_seconds": round(self._compiling, 3),
             "tokens_per_second": round(self.tokens / running, 1) if running > 0 else 0,

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxllm.attention.cache import Cache
-from jaxllm.attention.masks import CAUSAL, ancestor, ancestors_of
 from jaxllm.core.pytree import pytree_dataclass
 from jaxllm.decoding.constraints import constrain, follow
 from jaxllm.decoding.feed import feed
@@ -264,13 +263,78 @@ def step(
     draft = dataclasses.replace(
         draft, valid_BM=(draft.valid_BM & ~state.done_B[:, None]) | root
     )
+    judge = functools.partial(
+        _judge,
+        params,
+        state,
+        drafter_state,
+        sampler=sampler,
+        eos_E=eos_E,
+        model=model,
+        drafter=drafter,
+        rope_length=rope_length or slots,
+    )
+    if drafter.lean and drafter.nodes > 1:
+        judged = jax.lax.cond(
+            draft.valid_BM[:, 1:].any(),
+            lambda: judge(draft),
+            lambda: _widen(judge(_root(draft)), drafter.nodes),
+        )
+    else:
+        judged = judge(draft)
+    forward, verdict, stuck_BM = judged.forward, judged.verdict, judged.stuck_BM
+    new = _emit(state, draft, verdict, forward.logits_BTV, eos_E, stuck_BM)
+    cache = state.cache.append(
+        forward.new_kv, verdict.path_BJ, new.committed.length_B - committed.length_B
+    )
+    observed = drafter.observe(
+        params, drafter_state, new.committed, draft, verdict, forward
+    )
+    inner = _gained(drafter.counts(state.drafter), drafter.counts(observed))
+    return DecodeState(
+        committed=new.committed,
+        cache=cache,
+        drafter=observed,
+        limit_B=state.limit_B,
+        done_B=new.done_B,
+        finite_B=new.finite_B,
+        logprob_BS=new.logprob_BS,
+        stats=_count(state, draft, verdict, new.committed.length_B, inner),
+        constraint=judged.constraint,
+    )
+
+
+@pytree_dataclass
+class _Judged:
+    """What the target says of a draft; `constraint` is the state behind its token."""
+
+    forward: Forward
+    verdict: Verdict
+    stuck_BM: Array
+    constraint: Any
+
+
+def _judge(
+    params: Params,
+    state: DecodeState,
+    drafter_state: Any,
+    draft: Draft,
+    *,
+    sampler: Sampler,
+    eos_E: Array,
+    model: Model,
+    drafter: Drafter,
+    rope_length: int,
+) -> _Judged:
+    """Runs the target over a draft and verifies it."""
+    committed = state.committed
     context = Context(
         positions_BT=(committed.length_B - 1)[:, None] + draft.depth_BM,
         valid_BT=draft.valid_BM,
-        mask=_mask(draft),
+        mask=draft.mask,
         cache=state.cache,
         collect=drafter.collect,
-        rope_length=rope_length or slots,
+        rope_length=rope_length,
     )
     if drafter.forward is None:
         forward = model(params["target"], draft.tokens_BM, context)
@@ -289,35 +353,38 @@ def step(
         constraint_state = follow(
             constraint, states, verdict.path_BJ[:, -1], verdict.next_token_B
         )
-    new = _emit(state, draft, verdict, forward.logits_BTV, eos_E, stuck_BM)
-    cache = state.cache.append(
-        forward.new_kv, verdict.path_BJ, new.committed.length_B - committed.length_B
-    )
-    observed = drafter.observe(
-        params, drafter_state, new.committed, draft, verdict, forward
-    )
-    inner = _gained(drafter.counts(state.drafter), drafter.counts(observed))
-    return DecodeState(
-        committed=new.committed,
-        cache=cache,
-        drafter=observed,
-        limit_B=state.limit_B,
-        done_B=new.done_B,
-        finite_B=new.finite_B,
-        logprob_BS=new.logprob_BS,
-        stats=_count(state, draft, verdict, new.committed.length_B, inner),
-        constraint=constraint_state,
+    return _Judged(forward, verdict, stuck_BM, constraint_state)
+
+
+def _root(draft: Draft) -> Draft:
+    """Returns the pending tokens alone, as a chain."""
+    return Draft(draft.tokens_BM[:, :1], draft.valid_BM[:, :1])
+
+
+def _widen(judged: _Judged, nodes: int) -> _Judged:
+    """Pads what was said of the pending tokens; nobody reads the rest."""
+
+    def pad(x: Array, axis: int = 1) -> Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, nodes - x.shape[axis])
+        return jnp.pad(x, widths)
+
+    forward, verdict = judged.forward, judged.verdict
+    return dataclasses.replace(
+        judged,
+        forward=Forward(
+            pad(forward.logits_BTV),
+            pad(forward.hidden_BTD),
+            jax.tree.map(lambda x: pad(x, 3), forward.new_kv),
+            jax.tree.map(pad, forward.aux),
+        ),
+        verdict=dataclasses.replace(verdict, chosen_BM=pad(verdict.chosen_BM)),
+        stuck_BM=pad(judged.stuck_BM),
     )
 
 
 def _gained(before: Counts, after: Counts) -> Counts:
     return {level: after[level] - before[level] for level in after}
-
-
-def _mask(draft: Draft) -> Any:
-    if draft.parents_BM is None:
-        return CAUSAL
-    return ancestor(ancestors_of(draft.parents_BM))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,13 +411,7 @@ def _emit(
     path_BJ, accepted_B = verdict.path_BJ, verdict.num_accepted_B
     rows, slots = committed.tokens_BS.shape
     index_J = jnp.arange(path_BJ.shape[1])
-    drafted_BJ = jnp.take_along_axis(draft.tokens_BM, path_BJ, axis=1)
-    # Token j of the block is the child of path node j: the next node, or the target's.
-    block_BJ = jnp.where(
-        index_J < accepted_B[:, None],
-        jnp.roll(drafted_BJ, -1, axis=1),
-        verdict.next_token_B[:, None],
-    )
+    block_BJ = verdict.block_BJ(draft)
     count_B = accepted_B + 1
     ends_BJ = (block_BJ[..., None] == eos_E).any(-1) & (index_J < count_B[:, None])
     ended_B = ends_BJ.any(axis=1)

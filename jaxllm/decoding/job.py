@@ -19,6 +19,7 @@ from jaxllm.decoding.decode import (
     decode_chunks,
     drain,
 )
+from jaxllm.decoding.payoff import acceptance_by_depth
 from jaxllm.decoding.stopping import StopText
 
 __all__ = ["BATCH", "Job", "Prompt", "Result", "column", "encode", "on_mesh"]
@@ -211,13 +212,9 @@ class Job:
 
 def _summary(stats: dict[str, Any], seconds: float) -> dict[str, Any]:
     passes = stats["target_passes"]
-    tested = stats["tested"][1:]
-    accepted = stats["accepted"][1:]
     return {
         **stats,
         "tokens_per_pass": stats["emitted"] / passes if passes else 0.0,
-        "acceptance_by_depth": [
-            a / t if t else 0.0 for a, t in zip(accepted, tested, strict=True)
-        ],
+        "acceptance_by_depth": acceptance_by_depth(stats["accepted"], stats["tested"]),
         "seconds": seconds,
     }

@@ -17,6 +17,7 @@ __all__ = [
     "DEFAULT_COSTS",
     "Payoff",
     "Roofline",
+    "acceptance_by_depth",
     "cost_at",
     "expected_tokens",
     "expected_tokens_of_tree",
@@ -35,6 +36,17 @@ DEFAULT_COSTS: dict[str, dict[int, float]] = {
 }
 """Measured v by platform. Elsewhere width is taken to be free: a device that waits for
 its memory runs tens of nodes in the time of one; `Roofline` says how many."""
+
+
+def acceptance_by_depth(accepted: Sequence[int], tested: Sequence[int]) -> list[float]:
+    """Returns how often a proposal was accepted at each depth where one was tested.
+
+    Args:
+      accepted: Counts by depth; entry 0 counts passes.
+      tested: The same.
+    """
+    pairs = zip(accepted[1:], tested[1:], strict=True)
+    return [a / t if t else 0.0 for a, t in pairs]
 
 
 def expected_tokens(acceptance: float | Sequence[float], length: int) -> float:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array
 
+from jaxllm.attention.masks import CAUSAL, Mask, ancestor, ancestors_of
 from jaxllm.core.pytree import pytree_dataclass
 from jaxllm.decoding.sampling import Sampler, make_sampler
 from jaxllm.models.freeze import Forward
@@ -117,6 +118,13 @@ class Draft:
             depth.append(1 + jnp.take_along_axis(so_far, parent, axis=1)[:, 0])
         return jnp.stack(depth, axis=1)
 
+    @property
+    def mask(self) -> Mask:
+        """Who sees whom among the nodes."""
+        if self.parents_BM is None:
+            return CAUSAL
+        return ancestor(ancestors_of(self.parents_BM))
+
 
 @pytree_dataclass
 class Verdict:
@@ -137,6 +145,19 @@ class Verdict:
     next_token_B: Array
     chosen_BM: Array
 
+    def block_BJ(self, draft: Draft) -> Array:
+        """Returns int32 tokens behind the pending one, `num_accepted_B + 1` of each.
+
+        Token j is the child of node j of the path: the next node, or the target's own.
+        """
+        index_J = jnp.arange(self.path_BJ.shape[1])
+        drafted_BJ = jnp.take_along_axis(draft.tokens_BM, self.path_BJ, axis=1)
+        return jnp.where(
+            index_J < self.num_accepted_B[:, None],
+            jnp.roll(drafted_BJ, -1, axis=1),
+            self.next_token_B[:, None],
+        )
+
 
 class Drafter:
     """Base of every drafter: a frozen, hashable dataclass of options, without arrays.
@@ -153,6 +174,8 @@ class Drafter:
       prompt_hidden: Whether `init` needs the hidden states of the whole prompt.
       reads_hidden: Whether it reads the target's hidden states, so that it cannot draft
         for another model.
+      lean: Whether a step in which no row has a proposal runs the pending tokens alone:
+        cheaper, but equal to plain decoding of M query rows up to rounding only.
       variants: Drafters with the same state, one of which runs each step; `select`
         says which. Most have one, themselves.
     """
@@ -160,6 +183,7 @@ class Drafter:
     nodes: int
     depth: int
     tree: bool = False
+    lean: bool = False
     collect: ClassVar[tuple[str, ...]] = ()
     prompt_hidden: ClassVar[bool] = False
     reads_hidden: ClassVar[bool] = False
@@ -215,6 +239,14 @@ class Drafter:
     ) -> Any:
         """Returns the state after a step; `committed` holds the emitted tokens."""
         return state
+
+    def cost(self, params: Params) -> float:
+        """Returns roughly what a proposal costs, in target passes of one query row.
+
+        Args:
+          params: Of target and drafter; shapes will do.
+        """
+        return 0.05
 
     def counts(self, state: Any) -> Counts:
         """Returns what inner models have done so far."""

@@ -4,6 +4,7 @@ Letters: B rows, M draft nodes, J path length (depth + 1), W widths to choose fr
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -71,10 +72,13 @@ class Adaptive(Drafter):
       costs: Cost of a target pass at each width, in passes at width 1; a table for the
         platform when empty.
       measure: Measures the costs when bound, in some seconds.
-      draft_cost: Cost of a proposal of the inner drafter, in the same unit.
+      draft_cost: Cost of a proposal of the inner drafter, in the same unit; what the
+        drafter itself says when None.
       patience: Steps over which acceptance is averaged.
       wait: Steps before the widest is tried again; doubles with every failure.
       max_wait: Most steps between two tries.
+      budget: Share of the time that tries may take where all of them fail; they wait
+        longer than `wait` and `max_wait` where it asks for that.
 
     Source: the payoff model of speculative decoding (arXiv 2211.17192, section 3.2);
       the controller is ours.
@@ -84,10 +88,11 @@ class Adaptive(Drafter):
     widths: tuple[int, ...] = (1, 4, 8)
     costs: tuple[float, ...] = ()
     measure: bool = False
-    draft_cost: float = 0.05
+    draft_cost: float | None = None
     patience: int = 8
     wait: int = 8
     max_wait: int = 128
+    budget: float = 0.04
 
     def __post_init__(self) -> None:
         widths = self.widths
@@ -100,6 +105,11 @@ class Adaptive(Drafter):
             raise ConfigError(
                 f"cannot draft: adaptive.costs has {len(self.costs)} numbers, expected "
                 f"{len(widths)}, one for each width. Correct them."
+            )
+        if not 0 < self.budget <= 1:
+            raise ConfigError(
+                f"cannot draft: adaptive.budget is {self.budget:g}, expected a share "
+                f"of time above 0. Correct it."
             )
         for name in ("patience", "wait", "max_wait"):
             if getattr(self, name) < 1:
@@ -165,6 +175,9 @@ class Adaptive(Drafter):
         """Binds the inner drafter, and measures costs if asked to."""
         inner, params = self.drafter.bind(lm)
         bound = dataclasses.replace(self, drafter=inner)
+        if self.draft_cost is None:
+            own = {"target": lm.params, "drafter": params}
+            bound = dataclasses.replace(bound, draft_cost=inner.cost(own))
         if self.measure:
             table = measure_cost(lm, self.widths)
             costs = tuple(table[width] for width in self.widths)
@@ -184,7 +197,7 @@ class Adaptive(Drafter):
             tokens_W=none_W,
             weight_W=none_W,
             since=jnp.int32(0),
-            wait=jnp.int32(self.wait),
+            wait=jnp.int32(max(self.wait, self.least_wait())),
         )
 
     def propose(
@@ -221,10 +234,15 @@ class Adaptive(Drafter):
             table = dict(zip(self.widths, self.costs, strict=True))
         else:
             table = DEFAULT_COSTS.get(jax.default_backend(), {1: 1.0})
+        draft_cost = self.draft_cost or 0.0
         return [
-            cost_at(table, v.nodes) + (self.draft_cost if v.nodes > 1 else 0.0)
+            cost_at(table, v.nodes) + (draft_cost if v.nodes > 1 else 0.0)
             for v in self.variants
         ]
+
+    def least_wait(self) -> int:
+        """Returns the steps after which a try in vain has cost its budget."""
+        return math.ceil((self.costs_W()[-1] - 1) / self.budget)
 
     def decide(
         self, state: AdaptiveState, index: int, verdict: Verdict, active_B: Array
@@ -259,8 +277,10 @@ class Adaptive(Drafter):
         if index == last:
             # `since` is 0 where the step before ran the widest too: no try failed.
             failed = (best != last) & (state.since > 0)
-            longer = jnp.minimum(2 * state.wait, self.max_wait)
-            wait = jnp.where(failed, longer, self.wait).astype(jnp.int32)
+            least = self.least_wait()
+            longer = jnp.minimum(2 * state.wait, max(self.max_wait, least))
+            shortest = max(self.wait, least)
+            wait = jnp.where(failed, longer, shortest).astype(jnp.int32)
             since = jnp.int32(0)
         return dataclasses.replace(
             state,

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxllm.attention.masks import CAUSAL, ancestor, ancestors_of
 from jaxllm.core.errors import ConfigError
 from jaxllm.decoding.protocol import (
     Committed,
@@ -26,13 +25,7 @@ from jaxllm.decoding.protocol import (
 )
 from jaxllm.decoding.sampling import draw
 from jaxllm.decoding.verify import match_choices
-from jaxllm.drafting.draft_net import (
-    DraftNet,
-    add_pass,
-    bind_net,
-    the_net,
-    with_net,
-)
+from jaxllm.drafting.draft_net import NetDrafter, add_pass
 from jaxllm.drafting.fallback import part_of, with_log_q
 from jaxllm.models.freeze import Forward
 
@@ -40,7 +33,7 @@ __all__ = ["Horizontal", "Vertical"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Vertical(Drafter):
+class Vertical(NetDrafter):
     """CS Drafting's vertical cascade: a drafting model with a drafter of its own.
 
     The model reviews what the inner drafter proposes until a chain of the wished length
@@ -49,23 +42,16 @@ class Vertical(Drafter):
 
     Attributes:
       drafter: The inner drafter: any, another cascade included.
-      model: As in `ModelDrafter`.
       length: Tokens drafted in a step.
       lenience: The model lets a token pass that it gives a probability above 1/lenience
         though it would have chosen another one; 1 is strict. The target stays strict.
-      layers: As in `ModelDrafter`.
-      quantize: As in `ModelDrafter`.
 
     Source: Cascade Speculative Drafting (arXiv 2312.11462), section 3.1.
     """
 
     drafter: Drafter
-    model: str = "demo-draft"
     length: int = 7
     lenience: float = 1.0
-    layers: int | None = None
-    quantize: str | None = None
-    net: DraftNet | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.lenience < 1:
@@ -97,11 +83,8 @@ class Vertical(Drafter):
 
     def bind(self, lm: Any) -> tuple[Drafter, Any]:
         """Loads the model and binds the inner drafter to the same target."""
-        net, params = bind_net(
-            lm, self.model, layers=self.layers, quantize=self.quantize
-        )
         inner, inner_params = self.drafter.bind(lm)
-        bound = with_net(dataclasses.replace(self, drafter=inner), net)
+        bound, params = NetDrafter.bind(dataclasses.replace(self, drafter=inner), lm)
         return bound, {"model": params, "inner": inner_params}
 
     def init(self, params: Params, committed: Committed, prefill: Forward) -> Any:
@@ -110,7 +93,7 @@ class Vertical(Drafter):
         The inner drafter sees a prefill without hidden states: those of the target
         are not the model's.
         """
-        net = the_net(self)
+        net = self.bound_net
         hidden = jnp.zeros((prefill.hidden_BTD.shape[0], 1, net.model.config.width))
         blank = Forward(prefill.logits_BTV, hidden, (), {})
         return (
@@ -129,7 +112,7 @@ class Vertical(Drafter):
                 "Use --verify=match, or leave lenience at 1."
             )
         rows, sampler = committed.tokens_BS.shape[0], committed.choice
-        V = the_net(self).vocabulary
+        V = self.bound_net.vocabulary
         log_q_BMV = jnp.zeros((rows, self.nodes if sampler.rejects else 0, V))
         start_B = committed.length_B
 
@@ -158,7 +141,7 @@ class Vertical(Drafter):
         going_B: Array,
     ) -> Any:
         """Does one step of the inner engine for the rows that go on."""
-        net, sampler = the_net(self), virtual.choice
+        net, sampler = self.bound_net, virtual.choice
         ours, theirs = part_of(params, "model"), part_of(params, "inner")
         inner_state, draft = self.drafter.propose(theirs, state[1], virtual)
         net_state = net.keep_up(ours, state[0], virtual, ahead=2)
@@ -186,12 +169,7 @@ class Vertical(Drafter):
         verdict = match_choices(draft, passed_BM, depth=self.drafter.depth)
         path_BJ, accepted_B = verdict.path_BJ, verdict.num_accepted_B
         index_J = jnp.arange(path_BJ.shape[1])
-        along_BJ = jnp.take_along_axis(draft.tokens_BM, path_BJ, axis=1)
-        block_BJ = jnp.where(
-            index_J < accepted_B[:, None],
-            jnp.roll(along_BJ, -1, axis=1),
-            verdict.next_token_B[:, None],
-        )
+        block_BJ = verdict.block_BJ(draft)
         count_B = jnp.where(going_B, accepted_B + 1, 0)
         if log_p_BMV is not None:
             # Token j of the block was drawn at node j of the path.
@@ -223,9 +201,13 @@ class Vertical(Drafter):
         good_BM = good_BM.at[:, -1].set(False)
         return jnp.where(good_BM, child_BM, chosen_BM)
 
+    def cost(self, params: Params) -> float:
+        """Returns what the model costs alone, without the inner drafter's help."""
+        return super().cost(part_of(params, "model"))
+
     def counts(self, state: Any) -> Counts:
         """Returns what the model and the inner drafter did."""
-        own = the_net(self).counts(state[0])
+        own = super().counts(state[0])
         return join_counts(own, self.drafter.counts(state[1]))
 
     def learned(self, params: Any, state: Any) -> Any:
@@ -281,6 +263,11 @@ class Horizontal(Drafter):
         return sum(self.lengths)
 
     @property
+    def lean(self) -> bool:  # type: ignore[override]
+        """Whether all parts are."""
+        return all(drafter.lean for drafter in self.drafters)
+
+    @property
     def reads_hidden(self) -> bool:  # type: ignore[override]
         """Whether some part reads hidden states."""
         return any(drafter.reads_hidden for drafter in self.drafters)
@@ -332,6 +319,11 @@ class Horizontal(Drafter):
             )
         return tuple(states), dataclasses.replace(draft, log_q_BMV=log_q_BMV)
 
+    def cost(self, params: Params) -> float:
+        """Returns what all parts cost."""
+        pairs = enumerate(self.drafters)
+        return sum(drafter.cost(part_of(params, str(i))) for i, drafter in pairs)
+
     def counts(self, state: Any) -> Counts:
         """Returns what all parts did."""
         pairs = zip(self.drafters, state, strict=True)
@@ -360,12 +352,12 @@ def _behind(
     position_BM = (virtual.length_B - 1)[:, None] + depth_BM
     position_BM = jnp.concatenate([before_B1, position_BM], axis=1)
     valid_BM = jnp.concatenate([late_B[:, None], draft.valid_BM], axis=1)
-    mask = CAUSAL
-    if draft.parents_BM is not None:
+    parents_BM = draft.parents_BM
+    if parents_BM is not None:
         # The token in front is the root above the root.
-        parents_BM = jnp.pad(draft.parents_BM + 1, ((0, 0), (1, 0)), constant_values=-1)
-        mask = ancestor(ancestors_of(parents_BM))
-    return tokens_BM, position_BM, cache, mask, valid_BM
+        parents_BM = jnp.pad(parents_BM + 1, ((0, 0), (1, 0)), constant_values=-1)
+    grown = Draft(tokens_BM, valid_BM, parents_BM)
+    return tokens_BM, position_BM, cache, grown.mask, valid_BM
 
 
 def drafted(

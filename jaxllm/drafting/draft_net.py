@@ -21,12 +21,12 @@ from jaxllm.core import registry
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.pytree import pytree_dataclass
 from jaxllm.decoding.feed import after, feed, feed_chunk
-from jaxllm.decoding.protocol import Committed, Counts, Params
+from jaxllm.decoding.protocol import Committed, Counts, Drafter, Params
 from jaxllm.models.freeze import Context, Forward, Model
 from jaxllm.quantization import METHODS as QUANTIZERS
 from jaxllm.quantization import Quantizer, quantize_params
 
-__all__ = ["DraftNet", "NetState", "add_pass", "bind_net", "the_net", "with_net"]
+__all__ = ["DraftNet", "NetDrafter", "NetState", "add_pass"]
 
 TARGET = "target"
 """Name of the target itself where the name of a drafting model is asked for."""
@@ -227,21 +227,79 @@ def add_pass(state: NetState, tokens: Array | int) -> NetState:
     return dataclasses.replace(state, count_B2=state.count_B2 + _count(1, tokens_B))
 
 
-def with_net(drafter: Any, net: DraftNet) -> Any:
-    """Returns a copy of a drafter with its model."""
-    bound = dataclasses.replace(drafter)
-    object.__setattr__(bound, "net", net)
-    return bound
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetDrafter(Drafter):
+    """What the drafters that ask a drafting model have in common.
 
+    Attributes:
+      model: What `jaxllm.load` takes (a directory, `hf:org/name`, a shipped name), or
+        `target` for a cheaper copy of the target itself.
+      layers: Stops after so many layers of the model and reads its head there; with
+        `model=target` an early-exit self-draft.
+      quantize: Method that quantizes the model's weights; with `model=target` a
+        quantized copy of the target.
+      net: The model, once bound.
+    """
 
-def the_net(drafter: Any) -> DraftNet:
-    """Returns a bound drafter's model."""
-    if drafter.net is None:
-        raise ConfigError(
-            f"cannot draft: {type(drafter).__name__} has no model yet, expected a "
-            f"bound drafter. Call its bind, or jaxllm.bind."
+    model: str = "demo-draft"
+    layers: int | None = None
+    quantize: str | None = None
+    net: DraftNet | None = dataclasses.field(default=None, init=False)
+
+    @property
+    def bound_net(self) -> DraftNet:
+        """The model.
+
+        Raises:
+          ConfigError: The drafter is not bound yet.
+        """
+        if self.net is None:
+            raise ConfigError(
+                f"cannot draft: {type(self).__name__} has no model yet, expected a "
+                f"bound drafter. Call its bind, or jaxllm.bind."
+            )
+        return self.net
+
+    def bind(self, lm: LanguageModel) -> tuple[Drafter, Any]:
+        """Loads the model and checks that its tokens are the target's."""
+        net, params = bind_net(
+            lm, self.model, layers=self.layers, quantize=self.quantize
         )
-    return drafter.net
+        bound = dataclasses.replace(self)
+        object.__setattr__(bound, "net", net)
+        return bound, params
+
+    def init(self, params: Params, committed: Committed, prefill: Forward) -> Any:
+        """Runs the prompt through the model."""
+        return self.bound_net.init(params, committed)
+
+    def cost(self, params: Params) -> float:
+        """Returns a forward for each token of depth, by the bytes that it reads."""
+        net = self.bound_net
+        draft = read_bytes(net.model, net.weights(params), net.layers)
+        target = read_bytes(net.model, params["target"])
+        return self.depth * draft / target
+
+    def counts(self, state: Any) -> Counts:
+        """Returns the model's forwards and the tokens that these ran."""
+        return self.bound_net.counts(state)
+
+
+def read_bytes(model: Model, params: Any, layers: int | None = None) -> int:
+    """Returns the bytes of parameters that a forward of few tokens reads.
+
+    Args:
+      model: The model.
+      params: Its tree; shapes will do.
+      layers: Layers run; all when None.
+    """
+    stacks = params["stacks"]
+    if layers is not None:
+        stacks = first_layers(stacks, layers)
+    # Of an embedding table that is no head only a row is read.
+    head = params["embedder"] if model.config.tied_head else params["head"]
+    read = jax.tree.leaves((stacks, head))
+    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in read)
 
 
 def first_layers(stacks: tuple[Any, ...], layers: int) -> tuple[Any, ...]:

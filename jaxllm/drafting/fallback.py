@@ -55,6 +55,11 @@ class Fallback(Drafter):
         return self.first.tree or self.second.tree
 
     @property
+    def lean(self) -> bool:  # type: ignore[override]
+        """Whether both are."""
+        return self.first.lean and self.second.lean
+
+    @property
     def collect(self) -> tuple[str, ...]:  # type: ignore[override]
         """What either needs."""
         return (*self.first.collect, *self.second.collect)
@@ -123,6 +128,11 @@ class Fallback(Drafter):
             step = trim(part, draft, verdict, forward)
             seen.append(part.observe(part_of(params, name), own, committed, *step))
         return tuple(seen)
+
+    def cost(self, params: Params) -> float:
+        """Returns what both cost, as if some row always needed the second."""
+        first = self.first.cost(part_of(params, "first"))
+        return first + self.second.cost(part_of(params, "second"))
 
     def counts(self, state: Any) -> Counts:
         """Returns what both did."""

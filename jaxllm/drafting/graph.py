@@ -5,7 +5,6 @@ nodes that were expanded.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,9 @@ from jax import Array
 
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.pytree import pytree_dataclass
-from jaxllm.decoding.protocol import Committed, Counts, Draft, Drafter, Params
-from jaxllm.drafting.draft_net import DraftNet, NetState, bind_net, the_net, with_net
+from jaxllm.decoding.protocol import Committed, Draft, Params
+from jaxllm.drafting.draft_net import NetDrafter, NetState
 from jaxllm.drafting.tree import Expansion
-from jaxllm.models.freeze import Forward
 
 __all__ = ["GraphDrafter", "unroll"]
 
@@ -49,7 +47,7 @@ class Graph:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GraphDrafter(Drafter):
+class GraphDrafter(NetDrafter):
     """GSD: a drafting model's hypotheses as a graph, unrolled to a tree to be verified.
 
     A candidate that repeats a node elsewhere (the same token behind the same tokens) is
@@ -58,7 +56,6 @@ class GraphDrafter(Drafter):
     no single hidden state, so the target verifies a tree of paths.
 
     Attributes:
-      model: As in `ModelDrafter`.
       nodes: M, nodes that the target verifies, the pending one included.
       depth: D, levels of the graph.
       width: W, candidates of a node.
@@ -67,8 +64,6 @@ class GraphDrafter(Drafter):
       node_threshold: A candidate less likely than this is verified but not expanded.
       sibling_threshold: A candidate less likely than this share of its best sibling is
         dropped.
-      layers: As in `ModelDrafter`.
-      quantize: As in `ModelDrafter`.
 
     Source: Graph-Structured Speculative Decoding (arXiv 2407.16207), section 3.
 
@@ -77,7 +72,6 @@ class GraphDrafter(Drafter):
       exact (the published acceptance of single nodes is not).
     """
 
-    model: str = "demo-draft"
     nodes: int = 8
     depth: int = 4
     width: int = 3
@@ -85,9 +79,6 @@ class GraphDrafter(Drafter):
     merge_order: int = 0
     node_threshold: float = 0.0
     sibling_threshold: float = 0.0
-    layers: int | None = None
-    quantize: str | None = None
-    net: DraftNet | None = dataclasses.field(default=None, init=False)
     tree = True
 
     def __post_init__(self) -> None:
@@ -106,22 +97,11 @@ class GraphDrafter(Drafter):
                     f"{low} to {high}. Correct it."
                 )
 
-    def bind(self, lm: Any) -> tuple[Drafter, Any]:
-        """Loads the model and checks that its tokens are the target's."""
-        net, params = bind_net(
-            lm, self.model, layers=self.layers, quantize=self.quantize
-        )
-        return with_net(self, net), params
-
-    def init(self, params: Params, committed: Committed, prefill: Forward) -> NetState:
-        """Runs the prompt through the model."""
-        return the_net(self).init(params, committed)
-
     def propose(
         self, params: Params, state: NetState, committed: Committed
     ) -> tuple[NetState, Draft]:
         """Grows the graph, a forward of the model for each level, and unrolls it."""
-        growth = Expansion(the_net(self), params, state, committed)
+        growth = Expansion(self.bound_net, params, state, committed)
         growth.start(chunk=self.depth + 1)
         pending_B = committed.pending_B
         graph = self._root(pending_B)
@@ -231,10 +211,6 @@ class GraphDrafter(Drafter):
             sure_BEW=join(graph.sure_BEW, sure_BFW),
             expanded_BN=join(expanded_BN, none_BC),
         )
-
-    def counts(self, state: NetState) -> Counts:
-        """Returns the model's forwards and the nodes that these ran."""
-        return the_net(self).counts(state)
 
 
 def unroll(graph: Graph, nodes: int, depth: int) -> Draft:

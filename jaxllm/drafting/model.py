@@ -11,32 +11,19 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxllm.core.errors import ConfigError
-from jaxllm.decoding.protocol import Committed, Counts, Draft, Drafter, Params
+from jaxllm.decoding.protocol import Committed, Draft, Params
 from jaxllm.decoding.sampling import draw
-from jaxllm.drafting.draft_net import (
-    DraftNet,
-    NetState,
-    bind_net,
-    the_net,
-    with_net,
-)
-from jaxllm.models.freeze import Forward
+from jaxllm.drafting.draft_net import NetDrafter, NetState
 
 __all__ = ["ModelDrafter"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelDrafter(Drafter):
+class ModelDrafter(NetDrafter):
     """Speculative decoding: a small model writes ahead, the target checks.
 
     Attributes:
-      model: What `jaxllm.load` takes (a directory, `hf:org/name`, a shipped name), or
-        `target` for a cheaper copy of the target itself.
       length: Tokens drafted in a step.
-      layers: Stops after so many layers of the model and reads its head there; with
-        `model=target` an early-exit self-draft.
-      quantize: Method that quantizes the model's weights; with `model=target` a
-        quantized copy of the target.
       confidence: Stops drafting a row once the model gives its own token less
         probability than this; a step ends early when all rows have stopped.
 
@@ -47,12 +34,8 @@ class ModelDrafter(Drafter):
       so that the two agree as often as their distributions allow.
     """
 
-    model: str = "demo-draft"
     length: int = 4
-    layers: int | None = None
-    quantize: str | None = None
     confidence: float = 0.0
-    net: DraftNet | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.length < 0:
@@ -71,22 +54,11 @@ class ModelDrafter(Drafter):
         """The length."""
         return self.length
 
-    def bind(self, lm: Any) -> tuple[Drafter, Any]:
-        """Loads the model and checks that its tokens are the target's."""
-        net, params = bind_net(
-            lm, self.model, layers=self.layers, quantize=self.quantize
-        )
-        return with_net(self, net), params
-
-    def init(self, params: Params, committed: Committed, prefill: Forward) -> NetState:
-        """Runs the prompt through the model."""
-        return the_net(self).init(params, committed)
-
     def propose(
         self, params: Params, state: NetState, committed: Committed
     ) -> tuple[NetState, Draft]:
         """Catches up with what was accepted, then drafts token after token."""
-        net, sampler = the_net(self), committed.choice
+        net, sampler = self.bound_net, committed.choice
         rows, _ = committed.tokens_BS.shape
         if self.length == 0:
             root_BM = committed.pending_B[:, None]
@@ -138,7 +110,3 @@ class ModelDrafter(Drafter):
         state = dataclasses.replace(state, fed_BS=fed.tokens_BS)
         log_q = log_q_BMV if sampler.rejects else None
         return state, Draft(tokens_BM, valid_BM, log_q_BMV=log_q)
-
-    def counts(self, state: NetState) -> Counts:
-        """Returns the model's forwards and tokens."""
-        return the_net(self).counts(state)

@@ -32,6 +32,8 @@ class PromptLookup(Drafter):
       min_ngram: Shortest; a row without such a match drafts nothing.
       branch: W, different continuations of a draft. One is a chain; several are a tree,
         in which continuations that begin alike share nodes.
+      lean: Whether a step in which no row has a match costs one query row instead of M;
+        then the sums of such a step differ in their last bits.
 
     Source: prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding).
 
@@ -43,6 +45,7 @@ class PromptLookup(Drafter):
     max_ngram: int = 4
     min_ngram: int = 1
     branch: int = 1
+    lean: bool = True
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.branch < 1:

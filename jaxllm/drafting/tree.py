@@ -16,18 +16,10 @@ from jaxllm.attention.masks import Mask, ancestor
 from jaxllm.attention.segments import Segment
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.pytree import pytree_dataclass
-from jaxllm.decoding.protocol import Committed, Counts, Draft, Drafter, Params
+from jaxllm.decoding.protocol import Committed, Draft, Params
 from jaxllm.decoding.sampling import candidates
-from jaxllm.drafting.draft_net import (
-    DraftNet,
-    NetState,
-    add_pass,
-    bind_net,
-    the_net,
-    with_net,
-)
+from jaxllm.drafting.draft_net import DraftNet, NetDrafter, NetState, add_pass
 from jaxllm.drafting.trees import StaticTree, keep_best
-from jaxllm.models.freeze import Forward
 
 __all__ = ["Expansion", "TreeDrafter"]
 
@@ -172,11 +164,10 @@ class Expansion:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TreeDrafter(Drafter):
+class TreeDrafter(NetDrafter):
     """A drafting model's most likely continuations as a tree.
 
     Attributes:
-      model: As in `ModelDrafter`.
       nodes: M, nodes that the target verifies, the pending one included.
       depth: D of the tree.
       width: W, candidates of a node.
@@ -184,23 +175,17 @@ class TreeDrafter(Drafter):
       shape: `dynamic` keeps the nodes that the model is surest of in this step;
         `static` the shape that is best for the given accuracies.
       accuracy: For `static`: the chance of each rank, the same at every depth.
-      layers: As in `ModelDrafter`.
-      quantize: As in `ModelDrafter`.
 
     Source: EAGLE-2 (arXiv 2406.16858) for the dynamic tree, Medusa (arXiv 2401.10774)
       and Sequoia (arXiv 2402.12374) for the static one.
     """
 
-    model: str = "demo-draft"
     nodes: int = 8
     depth: int = 4
     width: int = 3
     frontier: int | None = None
     shape: Literal["dynamic", "static"] = "dynamic"
     accuracy: tuple[float, ...] = RANKS
-    layers: int | None = None
-    quantize: str | None = None
-    net: DraftNet | None = dataclasses.field(default=None, init=False)
     tree = True
 
     def __post_init__(self) -> None:
@@ -219,22 +204,11 @@ class TreeDrafter(Drafter):
         """Returns the shape that the accuracies ask for."""
         return StaticTree.from_accuracy((self.accuracy,) * self.depth, self.nodes)
 
-    def bind(self, lm: Any) -> tuple[Drafter, Any]:
-        """Loads the model and checks that its tokens are the target's."""
-        net, params = bind_net(
-            lm, self.model, layers=self.layers, quantize=self.quantize
-        )
-        return with_net(self, net), params
-
-    def init(self, params: Params, committed: Committed, prefill: Forward) -> NetState:
-        """Runs the prompt through the model."""
-        return the_net(self).init(params, committed)
-
     def propose(
         self, params: Params, state: NetState, committed: Committed
     ) -> tuple[NetState, Draft]:
         """Grows the tree, a forward of the model for each level."""
-        growth = Expansion(the_net(self), params, state, committed)
+        growth = Expansion(self.bound_net, params, state, committed)
         growth.start(chunk=self.depth + 1)
         if self.shape == "static":
             draft = self._fill(growth)
@@ -299,7 +273,3 @@ class TreeDrafter(Drafter):
             jnp.concatenate(scores, axis=1),
             self.nodes,
         )
-
-    def counts(self, state: NetState) -> Counts:
-        """Returns the model's forwards and the nodes that these ran."""
-        return the_net(self).counts(state)

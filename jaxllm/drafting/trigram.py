@@ -59,6 +59,7 @@ class Trigram(Drafter):
         counts of the prompts.
       slots: H, without a file; a file brings its own.
       rank: R, without a file.
+      lean: As in `PromptLookup`.
 
     Source: Adaptive Draft-Verification for Efficient LLM Decoding (arXiv 2407.12021).
 
@@ -77,6 +78,7 @@ class Trigram(Drafter):
     table: str = ""
     slots: int = 2**14
     rank: int = 4
+    lean: bool = True
     tree = True
 
     def __post_init__(self) -> None:

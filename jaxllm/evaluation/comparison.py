@@ -16,6 +16,7 @@ import jax
 from jaxllm.checkpoints import LanguageModel
 from jaxllm.core.errors import ConfigError
 from jaxllm.decoding import Drafter, Output
+from jaxllm.decoding.payoff import acceptance_by_depth
 from jaxllm.evaluation.divergence import Difference, Judge
 from jaxllm.evaluation.entrants import WARM_UP_RUNS, Course, Entrant, Settings
 from jaxllm.evaluation.prompts import PromptSet
@@ -100,14 +101,14 @@ class Watcher(Protocol):
         """Is called after every batch, while no clock runs."""
 
 
-class _Nobody:
+class _Nobody(Watcher):
     """Watches nothing."""
 
     def begin(self, cost: Cost) -> None:
-        pass
+        return None
 
     def step(self, step: Step) -> None:
-        pass
+        return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -387,7 +388,9 @@ def _result(
         by_category=by_category,
         draft_passes=_by_level([s["draft_passes"] for s in stats]),
         draft_tokens=_by_level([s["draft_tokens"] for s in stats]),
-        acceptance_by_depth=_acceptance(stats),
+        acceptance_by_depth=acceptance_by_depth(
+            _added([s["accepted"] for s in stats]), _added([s["tested"] for s in stats])
+        ),
         peak_bytes=entrant.peak_bytes,
     )
 
@@ -427,8 +430,5 @@ def _by_level(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
     return {level: sum(count.get(level, 0) for count in counts) for level in levels}
 
 
-def _acceptance(stats: Sequence[Mapping[str, Any]]) -> list[float]:
-    accepted = [sum(at) for at in zip(*(s["accepted"] for s in stats), strict=True)]
-    tested = [sum(at) for at in zip(*(s["tested"] for s in stats), strict=True)]
-    pairs = zip(accepted[1:], tested[1:], strict=True)
-    return [a / t if t else 0.0 for a, t in pairs]
+def _added(counts: Sequence[Sequence[int]]) -> list[int]:
+    return [sum(at) for at in zip(*counts, strict=True)]

@@ -1,11 +1,23 @@
 """What the contracts need beside the registry."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
 
 from jaxllm.drafting.heads import save_heads
 from tests.contracts.enrolled import toy_lm
+
+_COUNT = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def forget_programs_often():
+    """A process can hold only so many compiled programs, and here come hundreds."""
+    yield
+    if next(_COUNT) % 16 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -38,12 +38,12 @@ OPTIONS = {
         "model=target,quantize=int8,length=3",
         "model=target,layers=1,length=0",
     ],
-    "prompt_lookup": ["", "branch=3,length=4"],
+    "prompt_lookup": ["", "lean=false", "branch=3,length=4"],
     "max_gram": ["", "length=3,min_ngram=2"],
     "trigram": [
         "",
         "search=puct,iterations=9",
-        "learn=tree,eta=0.9",
+        "learn=tree,eta=0.9,lean=false",
         "nodes=2",
     ],
     "tree": [

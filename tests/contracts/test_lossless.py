@@ -7,9 +7,6 @@ whose width changes, compute in other shapes: where they differ from it, the tar
 have been within a rounding error of a tie, which is counted and shown.
 """
 
-import itertools
-
-import jax
 import numpy as np
 import pytest
 
@@ -23,15 +20,6 @@ from tests.decoding.toys import VOCABULARY
 
 PROMPT_LENGTHS = (1, 9, 4)
 GAP = 1e-4
-_COUNT = itertools.count(1)
-
-
-@pytest.fixture(autouse=True)
-def forget_programs():
-    """A process can hold only so many compiled programs, and here come hundreds."""
-    yield
-    if next(_COUNT) % 16 == 0:
-        jax.clear_caches()
 
 
 def prompts(rows: int, vocabulary: int = VOCABULARY) -> list[list[int]]:
@@ -45,7 +33,8 @@ def assert_same(found, expected, drafter, lm, texts, options) -> None:
     for row, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         if ours.token_ids == theirs.token_ids:
             continue
-        assert drafter.tree or len(drafter.variants) > 1, (row, ours, theirs)
+        inexact = drafter.tree or drafter.lean or len(drafter.variants) > 1
+        assert inexact, (row, ours, theirs)
         pairs = zip(ours.token_ids, theirs.token_ids, strict=False)
         first = next(i for i, (a, b) in enumerate(pairs) if a != b)
         _, gaps = decode_reference(

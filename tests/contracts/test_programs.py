@@ -94,8 +94,8 @@ def test_one_compile_a_bucket_and_none_afterwards(method, heads_file) -> None:
     for length in (3, 16, 9, 1):  # one bucket
         run(length, seed=1)
     assert (prefill._cache_size(), advance._cache_size()) == (1, 1)
-    run(20, seed=2)  # another
+    run(40, seed=2)  # another
     assert (prefill._cache_size(), advance._cache_size()) == (2, 2)
-    for length in (5, 30, 12):
+    for length in (5, 60, 12):
         run(length, seed=length)
     assert (prefill._cache_size(), advance._cache_size()) == (2, 2)

@@ -20,7 +20,7 @@ from tests.decoding.test_engine import (
 )
 from tests.decoding.toys import Replay, toy_model
 
-COSTS = {"costs": (1.0, 1.5, 1.7), "draft_cost": 0.0}
+COSTS = {"costs": (1.0, 1.5, 1.7), "draft_cost": 0.0, "budget": 1.0}
 
 
 def replay(prompts, new, shift=0, tree=False, depth=7):
@@ -214,10 +214,11 @@ def test_estimates_fade_and_tries_back_off() -> None:
 
 def test_costs_come_from_the_table_the_options_or_the_clock() -> None:
     inner = Replay((), (), 7)
-    found = Adaptive(drafter=inner, widths=(1, 4, 16)).costs_W()
+    given = {"drafter": inner, "widths": (1, 4, 16), "draft_cost": 0.05}
+    found = Adaptive(**given).costs_W()
     # The widest is no wider than the inner drafter.
     assert found == pytest.approx([1.0, 1.59, 1.76])
-    found = Adaptive(drafter=inner, widths=(1, 4, 16), costs=(1, 2, 6)).costs_W()
+    found = Adaptive(**given, costs=(1, 2, 6)).costs_W()
     assert found == pytest.approx([1.0, 2.05, 2 + 4 / 3 + 0.05])
     bound, _ = Adaptive(drafter=inner, widths=(1, 2), measure=True).bind(toy_lm())
     assert len(bound.costs) == 2 and bound.costs[0] == 1.0 and not bound.measure
