@@ -2,14 +2,15 @@
 
     python benchmarks/compare_random.py --output=runs/random
 
-Writes a Llama with random weights and prompts of two categories, and runs
-`jaxllm compare` on them. Random weights have nothing to say, so the tokens per pass mean
-little here; the times are those of a model of that size, whatever its weights are. Greedy
-text of random weights repeats itself; drawn at a temperature of 1 it never does. `free`
+Writes a Llama with random weights and prompts of two categories, and runs `jaxllm
+compare` on them. Random weights have nothing to say, so the tokens per pass mean little
+here; the times are those of a model of that size, whatever its weights are. Greedy text
+of random weights repeats itself; drawn at a temperature of 1 it never does. `free`
 prompts hold no token twice; `repeated` ones the same few tokens again and again.
 
-Plain decoding at eight query rows stands among the methods: what a drafter of eight nodes
-takes longer for a pass than that is the overhead of proposing, verifying and appending.
+Plain decoding at eight query rows stands among the methods: what a drafter of eight
+nodes takes longer for a pass than that is the overhead of proposing, verifying and
+appending.
 
 Expect, on two otherwise idle cores, some twenty minutes.
 """

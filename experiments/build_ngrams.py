@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from experiments.demo.stories import read_stories, read_text
 from jaxllm.checkpoints import load_tokenizer, resolve
 from jaxllm.drafting.ngram_counts import build_trigram
 from jaxllm.drafting.ngrams import save_table
+from jaxllm.training.corpora import read_stories
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data", None, "Directory of the two TinyStories files.")
@@ -30,11 +30,7 @@ flags.DEFINE_integer("rank", 4, "Continuations kept of each context.")
 
 
 def main(argv: list[str]) -> None:
-    data = Path(FLAGS.data)
-    stories = read_stories(
-        read_text(data / "tinystories_train.txt.gz"),
-        read_text(data / "tinystories_valid.txt.gz"),
-    )
+    stories = read_stories(FLAGS.data).train
     tokenizer = load_tokenizer(resolve(FLAGS.model))
     if tokenizer is None:
         raise app.UsageError(f"{FLAGS.model} has no tokenizer")

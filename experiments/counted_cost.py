@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 import jaxllm
+from jaxllm.decoding import BoundDrafter
 from jaxllm.drafting.draft_net import DraftNet
 from jaxllm.evaluation import default_prompts
 from jaxllm.version import __version__
@@ -71,7 +72,7 @@ def size(params: Any) -> int:
 
 def measure(
     lm: jaxllm.LanguageModel,
-    method: str,
+    method: str | BoundDrafter,
     prompts: list[str],
     *,
     max_new_tokens: int = 96,
@@ -81,12 +82,12 @@ def measure(
 
     Args:
       lm: The target.
-      method: Its string.
+      method: Its string; or a bound drafter, which keeps what it learns.
       prompts: Texts.
       max_new_tokens: Of each.
       **options: As for `jaxllm.generate`.
     """
-    bound = jaxllm.bind(lm, method)
+    bound = jaxllm.bind(lm, method) if isinstance(method, str) else method
     results = jaxllm.generate(
         lm, prompts, drafter=bound, max_new_tokens=max_new_tokens, **options
     )
@@ -101,7 +102,8 @@ def measure(
     sizes = dict(model_sizes(bound.drafter, bound.params))
     own = size(lm.params)
     read = target * own + sum(passes[level] * sizes[level] for level in passes)
-    return Setting(method, tokens, target, passes, nodes, read / own / tokens)
+    name = method if isinstance(method, str) else type(bound.drafter).__name__
+    return Setting(name, tokens, target, passes, nodes, read / own / tokens)
 
 
 def model_sizes(drafter: Any, params: Any) -> list[tuple[str, int]]:

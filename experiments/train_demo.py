@@ -43,13 +43,7 @@ import tokenizers
 from absl import app, flags
 from jax import Array
 
-from experiments.demo.stories import (
-    END_OF_TEXT,
-    StoryStream,
-    read_stories,
-    read_text,
-    train_tokenizer,
-)
+from experiments.demo.stories import StoryStream
 from jaxllm.api import generate
 from jaxllm.attention import RopeConfig
 from jaxllm.checkpoints import (
@@ -63,6 +57,8 @@ from jaxllm.core.dtypes import DTypePolicy
 from jaxllm.layers import AttentionConfig, MlpConfig, NormConfig
 from jaxllm.models import DecoderConfig, Model, make_model
 from jaxllm.models.families import FAMILIES
+from jaxllm.training.corpora import read_stories, train_tokenizer
+from jaxllm.training.synthetic import END_OF_TEXT
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data", None, "Directory of the two TinyStories files.")
@@ -344,19 +340,19 @@ def plot(metrics: Path, image: Path) -> None:
 
 def prepare(config: DemoConfig, data: Path, output: Path) -> tuple[Any, Trainer, float]:
     """Returns the tokenizer, the trainer and validation characters per token."""
-    valid = read_text(data / "tinystories_valid.txt.gz")
-    stories = read_stories(read_text(data / "tinystories_train.txt.gz"), valid)
+    stories = read_stories(data)
     path = output / "tokenizer.json"
     if config.decoder != DECODERS["demo"]:
         path = shipped_models()["demo"] / "tokenizer.json"
     if not path.exists():
-        train_tokenizer(stories, config.decoder.vocabulary).save(str(path))
+        train_tokenizer(stories.train, config.decoder.vocabulary).save(str(path))
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    stream = StoryStream([e.ids for e in tokenizer.encode_batch(stories)], config.seed)
-    valid = valid[:VALIDATION_CHARACTERS]
+    encoded = tokenizer.encode_batch(list(stories.train))
+    stream = StoryStream([e.ids for e in encoded], config.seed)
+    valid = stories.held_back[:VALIDATION_CHARACTERS]
     ids = tokenizer.encode(valid, add_special_tokens=False).ids
     print(
-        f"{len(stories)} stories, {stream.epoch_tokens} tokens an epoch; "
+        f"{len(stories.train)} stories, {stream.epoch_tokens} tokens an epoch; "
         f"validation {len(ids)} tokens, {len(valid) / len(ids):.3f} characters each",
         flush=True,
     )

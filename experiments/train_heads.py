@@ -14,7 +14,6 @@ Letters: B rows, T tokens, D width, V vocabulary, K heads, R ranks.
 """
 
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,8 +24,9 @@ from absl import app, flags
 from jax import Array
 
 import jaxllm
-from experiments.demo.stories import StoryStream, read_stories, read_text
+from experiments.demo.stories import StoryStream
 from jaxllm.drafting.heads import head_logits, save_heads
+from jaxllm.training.corpora import read_stories
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data", None, "Directory of the two TinyStories files.")
@@ -91,11 +91,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     lm = jaxllm.load(FLAGS.model, dtype="float32")
-    data = Path(FLAGS.data)
-    valid = read_text(data / "tinystories_valid.txt.gz")
-    stories = read_stories(read_text(data / "tinystories_train.txt.gz"), valid)
-    encode = lm.tokenizer.encode
-    stream = StoryStream([encode(s, add_special_tokens=False) for s in stories], seed=0)
+    stories = read_stories(FLAGS.data)
+    ids = [lm.tokenizer.encode(s, add_special_tokens=False) for s in stories.train]
+    stream = StoryStream(ids, seed=0)
     width = lm.config.width
     kernel_KDD = jnp.zeros((FLAGS.heads, width, width))
     rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 40, FLAGS.steps)
@@ -120,7 +118,7 @@ def main(argv: list[str]) -> None:
                 f"step {i + 1}  loss {mean:.4f} nats  {left:.1f} min left", flush=True
             )
     # Beginnings of validation paragraphs: the heads never saw them.
-    long = [line for line in valid.splitlines() if len(line) > 80]
+    long = [line for line in stories.held_back.splitlines() if len(line) > 80]
     prompts = [line[:60].rsplit(" ", 1)[0] for line in long[:320:10]]
     accuracy_KR = measure(kernel_KDD, lm, prompts)
     save_heads(FLAGS.output, kernel_KDD.astype(jnp.bfloat16), accuracy_KR)

@@ -14,7 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.checkpoints import LanguageModel, load_language_model, save_language_model
+from jaxllm.checkpoints import (
+    LanguageModel,
+    load_adapter,
+    load_language_model,
+    save_language_model,
+)
 from jaxllm.core.errors import UserError
 from jaxllm.core.registry import MethodSpec, build
 from jaxllm.core.sharding import make_mesh
@@ -87,6 +92,7 @@ def load(
     mesh: Any = None,
     quantize: str | None = None,
     cache_dtype: Any = None,
+    adapter: str | None = None,
 ) -> LanguageModel:
     """Loads a model and its tokenizer.
 
@@ -99,6 +105,9 @@ def load(
       quantize: Method that quantizes the weights as they are read, such as `"int8"`.
       cache_dtype: Dtype of cached keys and values. When None that of the activations,
         but float32 on a CPU, where narrow caches are slow to write.
+      adapter: A directory with a LoRA adapter in PEFT's layout, or `hf:org/name`; it
+        stays apart from the weights. `compression.merge` adds it to them, and
+        `checkpoints.load_adapter` puts further ones around them.
 
     Returns:
       The model: `.model` (pure functions), `.params`, `.config`, `.tokenizer` (None if
@@ -110,18 +119,26 @@ def load(
     cache_compiles()
     if isinstance(mesh, str):
         mesh = make_mesh(mesh)
-    return load_language_model(
+    lm = load_language_model(
         path_or_name,
         dtype=dtype,
         mesh=mesh,
         quantize=quantize,
         cache_dtype=cache_dtype,
     )
+    return lm if adapter is None else load_adapter(adapter, lm)
 
 
-def save(lm: LanguageModel, directory: str) -> None:
-    """Writes a Hugging Face directory that `load` and `transformers` read back."""
-    save_language_model(lm, directory)
+def save(lm: LanguageModel, directory: str, merge: bool = False) -> None:
+    """Writes a Hugging Face directory that `load` and `transformers` read back.
+
+    Args:
+      lm: The model.
+      directory: Where; absent or empty.
+      merge: Whether adapters are written as part of the weights; they are refused
+        otherwise. `checkpoints.save_adapter` writes one alone.
+    """
+    save_language_model(lm, directory, merge=merge)
 
 
 def cache_compiles() -> None:

@@ -1,5 +1,6 @@
 """Checkpoints: directories of weights, configurations and tokenizers, in and out."""
 
+from jaxllm.checkpoints.adapters import AdapterWarning, load_adapter, save_adapter
 from jaxllm.checkpoints.directory import (
     GenerationDefaults,
     read_config,
@@ -22,12 +23,14 @@ from jaxllm.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from jaxllm.checkpoints.weights import open_weights, refuse_pickles, write_weights
 
 __all__ = [
+    "AdapterWarning",
     "GenerationDefaults",
     "LanguageModel",
     "LazyTensor",
     "PendingTensor",
     "TextStream",
     "Tokenizer",
+    "load_adapter",
     "load_language_model",
     "load_tokenizer",
     "open_weights",
@@ -38,6 +41,7 @@ __all__ = [
     "refuse_pickles",
     "refuse_remote_code",
     "resolve",
+    "save_adapter",
     "save_language_model",
     "save_workdir",
     "shipped_models",

@@ -20,7 +20,8 @@ from jaxllm.checkpoints.matching import TreePath
 from jaxllm.checkpoints.safetensors import PendingTensor
 from jaxllm.checkpoints.weights import write_weights
 from jaxllm.checkpoints.workdir import write_step
-from jaxllm.core import Leaf
+from jaxllm.compression import LoraTensor
+from jaxllm.core import Leaf, unwrapped
 from jaxllm.core.errors import CheckpointError, ConfigError
 from jaxllm.models import DecoderConfig
 from jaxllm.models.families import (
@@ -32,7 +33,16 @@ from jaxllm.models.families import (
 )
 from jaxllm.models.freeze import stack_size
 
-__all__ = ["save_language_model", "save_workdir"]
+__all__ = [
+    "any_family",
+    "locate",
+    "new_directory",
+    "save_language_model",
+    "save_workdir",
+    "workdir_config",
+    "write_companions",
+    "write_json",
+]
 
 _SAVE = "cannot save model"
 # What a configuration says beside the architecture and is worth keeping when the
@@ -45,6 +55,7 @@ def save_language_model(
     directory: str | os.PathLike[str],
     *,
     dequantize: bool = False,
+    merge: bool = False,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes a model as a Hugging Face directory, which transformers reads as well.
@@ -58,16 +69,20 @@ def save_language_model(
       directory: Where; absent or empty, whatever is in it. Nothing is overwritten.
       dequantize: Whether quantized weights are written as plain ones, in the dtype of
         the model; they are refused otherwise.
+      merge: Whether adapters are written as part of the weights that they are around,
+        at the strength that they have; they are refused otherwise, because the files
+        would not tell them apart. `save_adapter` writes one alone.
       max_shard_bytes: The most bytes in one file of weights.
 
     Raises:
       CheckpointError: The directory is not empty or cannot be written, there is too
-        little room, or weights are quantized.
+        little room, or weights are quantized or adapted.
       ConfigError: No family of Hugging Face can express the model.
     """
     hf_config, family = _hf_config(lm)
-    tensors = _pending_tensors(lm, family, dequantize)
-    with _new_directory(Path(directory)) as new:
+    _refuse_leaves(lm, dequantize, merge)
+    tensors = _pending_tensors(lm, family)
+    with new_directory(Path(directory), _SAVE) as new:
         _check_room(new, sum(tensor.nbytes for tensor in tensors))
         write_weights(new, tensors, max_shard_bytes)
         _write_companions(lm, new, hf_config)
@@ -76,7 +91,7 @@ def save_language_model(
 def save_workdir(
     lm: LanguageModel, directory: str | os.PathLike[str], step: int = 0
 ) -> None:
-    """Writes a model as a step of an Orbax workdir, quantized or not, as it is.
+    """Writes a model as a step of an Orbax workdir: quantized, adapted, as it is.
 
     Every process of a job calls it and writes what its devices hold. The workdir loads
     onto any mesh.
@@ -89,15 +104,24 @@ def save_workdir(
     Raises:
       CheckpointError: The step exists, or cannot be written.
     """
-    directory = Path(directory)
+    write_step(Path(directory), step, lm.model, lm.params, workdir_config(lm))
+    if jax.process_index() == 0:
+        write_companions(lm, directory)
+
+
+def workdir_config(lm: LanguageModel) -> dict[str, Any]:
+    """Returns the `config.json` of a model in a workdir; {} where none expresses it."""
     hf_config = dict(lm.hf_config)
     if not hf_config:
         # A model that no family expresses has no config.json, and needs none here.
         with contextlib.suppress(ConfigError):
             hf_config, _ = _hf_config(lm)
-    write_step(directory, step, lm.model, lm.params, hf_config)
-    if jax.process_index() == 0:
-        _write_companions(lm, directory, hf_config)
+    return hf_config
+
+
+def write_companions(lm: LanguageModel, directory: str | os.PathLike[str]) -> None:
+    """Writes configuration and tokenizer of a workdir, for people and for `load`."""
+    _write_companions(lm, Path(directory), workdir_config(lm))
 
 
 def _hf_config(lm: LanguageModel) -> tuple[dict[str, Any], Family]:
@@ -106,7 +130,7 @@ def _hf_config(lm: LanguageModel) -> tuple[dict[str, Any], Family]:
     if original:
         content = family_of(original).to_hf(lm.config)
     else:
-        content = _any_family(lm.config)
+        content = any_family(lm.config)
     family = family_of(content)
     same = (
         bool(original)
@@ -126,7 +150,12 @@ def _hf_config(lm: LanguageModel) -> tuple[dict[str, Any], Family]:
     return content, family
 
 
-def _any_family(config: DecoderConfig) -> dict[str, Any]:
+def any_family(config: DecoderConfig) -> dict[str, Any]:
+    """Returns the `config.json` of the first family that can express a model.
+
+    Raises:
+      ConfigError: None can.
+    """
     for family in FAMILIES.values():
         with contextlib.suppress(ConfigError):
             return family.to_hf(config)
@@ -136,18 +165,28 @@ def _any_family(config: DecoderConfig) -> dict[str, Any]:
     )
 
 
-def _pending_tensors(
-    lm: LanguageModel, family: Family, dequantize: bool
-) -> list[PendingTensor]:
-    dtype = lm.model.policy.params
+def _refuse_leaves(lm: LanguageModel, dequantize: bool, merge: bool) -> None:
+    """Refuses what plain arrays cannot express, unless it was asked for."""
     weights = jax.tree.leaves(lm.params, is_leaf=lambda x: isinstance(x, Leaf))
-    leaves = [weight for weight in weights if isinstance(weight, Leaf)]
+    adapted = sum(isinstance(weight, LoraTensor) for weight in weights)
+    if adapted and not merge:
+        raise CheckpointError(
+            f"{_SAVE}: {adapted} weights carry adapters, expected plain arrays. Pass "
+            "merge=True to write them merged, write the adapter alone with "
+            "save_adapter, or save an Orbax workdir."
+        )
+    insides = [unwrapped(weight) for weight in weights]
+    leaves = [weight for weight in insides if isinstance(weight, Leaf)]
     if leaves and not dequantize:
         raise CheckpointError(
             f"{_SAVE}: {len(leaves)} weights are {type(leaves[0]).__name__}, expected "
             "plain arrays. Pass dequantize=True to write them as "
-            f"{jnp.dtype(dtype).name}, or save an Orbax workdir."
+            f"{jnp.dtype(lm.model.policy.params).name}, or save an Orbax workdir."
         )
+
+
+def _pending_tensors(lm: LanguageModel, family: Family) -> list[PendingTensor]:
+    dtype = lm.model.policy.params
     sources: dict[str, list[TensorRule]] = {}
     for rule in family.rules(lm.config):
         sources.setdefault(rule.source, []).append(rule)
@@ -165,7 +204,7 @@ def _pending(
     """Returns a stored tensor, joined from the arrays that are parts of it."""
     transpose = rules[0].transpose
     axis = 0 if transpose else -1
-    picked = [_pick(params, rule.path) for rule in rules]
+    picked = [locate(params, rule.path) for rule in rules]
     stored = []
     for weight, layer in picked:
         shape = weight.shape if layer is None else weight.shape[1:]
@@ -190,8 +229,16 @@ def _pending(
     return PendingTensor(source, tuple(joined), found, compute)
 
 
-def _pick(params: Mapping[str, Any], path: TreePath) -> tuple[Any, int | None]:
-    """Returns the stacked weight that holds a path, and the layer inside its stack."""
+def locate(params: Mapping[str, Any], path: TreePath) -> tuple[Any, int | None]:
+    """Returns the stacked weight that holds a path, and the layer inside its stack.
+
+    Args:
+      params: The tree of a model.
+      path: With layers counted singly: `("layers", 3, "mlp", "up", "kernel")`.
+
+    Returns:
+      The weight, and the layer; None for the layer outside the stacks.
+    """
     tree: Any = params
     layer = None
     if path[0] == "layers":
@@ -223,7 +270,7 @@ def _write_companions(
     lm: LanguageModel, directory: Path, hf_config: Mapping[str, Any]
 ) -> None:
     if hf_config:
-        _write_json(directory / CONFIG_NAME, hf_config)
+        write_json(directory / CONFIG_NAME, hf_config)
     generation: dict[str, Any] = {}
     if hf_config.get("bos_token_id") is not None:
         generation["bos_token_id"] = hf_config["bos_token_id"]
@@ -235,19 +282,31 @@ def _write_companions(
     if lm.generation.stop_strings:
         generation["stop_strings"] = list(lm.generation.stop_strings)
     if generation:
-        _write_json(directory / GENERATION_NAME, generation)
+        write_json(directory / GENERATION_NAME, generation)
     if lm.tokenizer is not None:
         lm.tokenizer.save(directory)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with replacing(path, _SAVE) as file:
+def write_json(path: Path, content: Mapping[str, Any], what: str = _SAVE) -> None:
+    """Writes a JSON file for people to read; `what` is what fails when it cannot."""
+    with replacing(path, what) as file:
         file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
 @contextlib.contextmanager
-def _new_directory(directory: Path) -> Iterator[Path]:
-    """Yields a sibling that takes the directory's name when all went well."""
+def new_directory(directory: Path, what: str) -> Iterator[Path]:
+    """Makes a directory that appears under its name only when it is complete.
+
+    Args:
+      directory: Where; absent or empty.
+      what: What fails when it cannot be written: `cannot save model`.
+
+    Yields:
+      A sibling that takes the name when all went well.
+
+    Raises:
+      CheckpointError: The directory is not empty, or cannot be written.
+    """
     try:
         occupied = any(directory.iterdir())
     except FileNotFoundError:
@@ -256,7 +315,7 @@ def _new_directory(directory: Path) -> Iterator[Path]:
         occupied = True
     if occupied:
         raise CheckpointError(
-            f"{_SAVE}: {directory}: is not empty, expected a new or an empty "
+            f"{what}: {directory}: is not empty, expected a new or an empty "
             "directory. Choose another or delete it."
         )
     directory = directory.absolute()
@@ -269,7 +328,7 @@ def _new_directory(directory: Path) -> Iterator[Path]:
         new.rename(directory)
     except OSError as cause:
         raise CheckpointError(
-            f"{_SAVE}: {directory}: {cause.strerror}, expected a writable directory "
+            f"{what}: {directory}: {cause.strerror}, expected a writable directory "
             "with room for it. Free some space or choose another directory."
         ) from cause
     finally:

@@ -22,17 +22,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from jaxllm import compression, quantization
 from jaxllm.checkpoints.files import first_line, quote
-from jaxllm.core import Leaf
+from jaxllm.core import Leaf, unwrapped
 from jaxllm.core.errors import CheckpointError
 from jaxllm.models import DecoderConfig, Model
-from jaxllm.quantization import LEAVES
 from jaxllm.version import __version__
 
 __all__ = ["StoredModel", "find_steps", "open_workdir", "write_step"]
 
 FORMAT_VERSION = 1
 COMMIT_NAME = "commit_success.txt"
+
+# What a step can hold beside arrays.
+LEAVES: dict[str, Any] = quantization.LEAVES | compression.LEAVES
 
 _LOAD = "cannot load checkpoint"
 _SAVE = "cannot save checkpoint"
@@ -63,7 +66,7 @@ def write_step(
       directory: The workdir; made if it is absent.
       step: Number of the step, from 0.
       model: The model.
-      params: Its tree, with leaves of `quantization.LEAVES` or none.
+      params: Its tree, with leaves of `LEAVES` or none.
       hf_config: Content of the `config.json` that the model came from.
 
     Raises:
@@ -77,15 +80,7 @@ def write_step(
             f"{_SAVE}: {directory / str(step)}: exists, expected a new step. Choose "
             "another step or directory, or delete it."
         )
-    meta = {
-        "format_version": FORMAT_VERSION,
-        "jaxllm_version": __version__,
-        "config": dataclasses.asdict(model.config),
-        "hf_config": dict(hf_config),
-        "params": _describe(params),
-        "processes": jax.process_count(),
-        "time": time.time(),
-    }
+    meta = describe_step(model, params, hf_config)
     try:
         with _manager(directory, create=True) as manager:
             arguments = ocp.args.Composite(
@@ -101,6 +96,31 @@ def write_step(
             "writable directory with room for it. Free some space or choose another "
             "directory."
         ) from cause
+
+
+def describe_step(
+    model: Model, params: Mapping[str, Any] | None, hf_config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the JSON beside the arrays of a step.
+
+    Args:
+      model: The model.
+      params: Its tree, with leaves of `LEAVES` or none; None where a step does not hold
+        a whole model.
+      hf_config: Content of its `config.json`.
+
+    Raises:
+      CheckpointError: A leaf has an unknown type.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "jaxllm_version": __version__,
+        "config": dataclasses.asdict(model.config),
+        "hf_config": dict(hf_config),
+        "params": None if params is None else _describe(params),
+        "processes": jax.process_count(),
+        "time": time.time(),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +148,9 @@ class StoredModel:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether some parameter is a leaf."""
+        """Whether some parameter is a leaf, or an adapter around one."""
         weights = jax.tree.leaves(self.shapes, is_leaf=lambda x: isinstance(x, Leaf))
-        return any(isinstance(weight, Leaf) for weight in weights)
+        return any(isinstance(unwrapped(weight), Leaf) for weight in weights)
 
     def read(self, dtype: Any, shardings: Any = None) -> dict[str, Any]:
         """Reads the parameters, in the stacks in which they were written.
@@ -166,7 +186,8 @@ class StoredModel:
         found = jax.tree_util.tree_leaves_with_path(
             self.shapes, is_leaf=lambda x: isinstance(x, Leaf)
         )
-        for path, weight in found:
+        for path, wrapped in found:
+            weight = unwrapped(wrapped)
             if isinstance(weight, Leaf) or weight.dtype == dtype:
                 continue
             name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -264,7 +285,7 @@ def _describe(tree: Any) -> dict[str, Any]:
     if LEAVES.get(kind) is not type(tree):
         raise CheckpointError(
             f"{_SAVE}: a weight is {kind}, expected an array or one of "
-            f"{', '.join(LEAVES)}. Merge adapters first."
+            f"{', '.join(LEAVES)}. Turn it into one of these first."
         )
     fields = dataclasses.fields(tree)  # type: ignore[arg-type]
     return {

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ the rows that are missing.
 
 FLAGS = (
     MODEL,
+    Flag("adapter", None, "a directory with a LoRA adapter, or hf:org/name"),
     Flag("prompt", None, "the text to continue"),
     Flag("prompts", None, "a JSONL file of rows, or - for standard input"),
     Flag("decode", "autoregressive", "the method, name[:option=value,...]"),
@@ -113,6 +115,7 @@ FLAGS = (
 # What the rows of an output depend on; a job with others does not go on with it.
 _DECISIVE = (
     "model",
+    "adapter",
     "prompt",
     "decode",
     "max_new_tokens",
@@ -156,12 +159,7 @@ def run(values: flags.FlagValues) -> int:
     from jaxllm.drafting import METHODS
 
     method: Drafter = build(values.decode, METHODS, {Drafter: METHODS})
-    lm = api.load(
-        values.model,
-        dtype=values.dtype,
-        mesh=values.mesh,
-        cache_dtype=values.kv_dtype,
-    )
+    lm = _load(values)
     drafter = api.bind(lm, method)
     settings = _settings(lm, drafter, values)
     meter = Meter()
@@ -176,6 +174,31 @@ def run(values: flags.FlagValues) -> int:
     if values.stats:
         meter.print_totals()
     return 0
+
+
+def _load(values: flags.FlagValues) -> "LanguageModel":
+    """Loads the model with its adapter; says where that was made for another."""
+    from jaxllm import api
+    from jaxllm.checkpoints import AdapterWarning
+    from jaxllm.cli.progress import note
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", AdapterWarning)
+        lm = api.load(
+            values.model,
+            dtype=values.dtype,
+            mesh=values.mesh,
+            cache_dtype=values.kv_dtype,
+            adapter=values.adapter,
+        )
+    for warning in caught:
+        if issubclass(warning.category, AdapterWarning):
+            note(str(warning.message))
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    return lm
 
 
 def _settings(

@@ -27,6 +27,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "generate": "jaxllm.cli.generate",
     "compare": "jaxllm.cli.compare",
+    "train": "jaxllm.cli.train",
     "systems": "jaxllm.cli.systems",
     "doctor": "jaxllm.cli.doctor",
 }

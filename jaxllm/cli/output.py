@@ -6,12 +6,9 @@ job is started again.
 """
 
 import contextlib
-import datetime
-import errno
 import hashlib
 import json
 import os
-import socket
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,12 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxllm.checkpoints.files import first_line, quote, read_json_object, replacing
+from jaxllm.checkpoints.locks import locked
 from jaxllm.core.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Not POSIX; two jobs on one file are not noticed there.
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "ResultFile",
@@ -116,7 +109,7 @@ class ResultFile:
         with contextlib.ExitStack() as stack, self._explained():
             self._regular = not _is_special(self.path)
             if self._regular:
-                stack.enter_context(_lock(self.path))
+                stack.enter_context(locked(self.path, _WRITE, "--output"))
                 self._check_config(config)
             access = os.O_RDWR | os.O_APPEND if self._regular else os.O_WRONLY
             self._descriptor = os.open(self.path, access | os.O_CREAT, 0o666)
@@ -283,53 +276,3 @@ def _is_special(path: Path) -> bool:
         return not stat.S_ISREG(path.stat().st_mode)
     except FileNotFoundError:
         return False
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Holds `FILE.lock`; the system lets go of it for a process that has died."""
-    if fcntl is None:
-        yield
-        return
-    target = path.with_name(f"{path.name}.lock")
-    descriptor = _locked(target, path)
-    try:
-        os.ftruncate(descriptor, 0)
-        written = datetime.datetime.now().strftime("%H:%M")
-        note = {"pid": os.getpid(), "host": socket.gethostname(), "written": written}
-        os.write(descriptor, json.dumps(note).encode())
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            target.unlink()
-        os.close(descriptor)
-
-
-def _locked(target: Path, path: Path) -> int:
-    while True:
-        descriptor = os.open(target, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder may have removed the file between our opening and locking it.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(target), os.fstat(descriptor)):
-                    return descriptor
-        except OSError as cause:
-            held = os.pread(descriptor, 4096, 0)
-            os.close(descriptor)
-            if cause.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise UserError(
-                f"{_WRITE}: {path}: is in use by {_holder(held)}, expected one job "
-                "at a time. Wait for it, or choose another --output."
-            ) from None
-        os.close(descriptor)
-
-
-def _holder(held: bytes) -> str:
-    try:
-        note = json.loads(held)
-        where = "" if note["host"] == socket.gethostname() else f" on {note['host']}"
-        return f"pid {note['pid']}{where} (lock written {note['written']})"
-    except (ValueError, KeyError, TypeError):
-        return "another job"

@@ -10,6 +10,7 @@ from jaxllm.core.einsum import (
     grouped_matmul,
     grouped_matmul_reference,
     take,
+    unwrapped,
 )
 from jaxllm.core.errors import (
     CapacityError,
@@ -46,4 +47,5 @@ __all__ = [
     "row_keys",
     "static",
     "take",
+    "unwrapped",
 ]

@@ -25,6 +25,7 @@ __all__ = [
     "grouped_matmul",
     "grouped_matmul_reference",
     "take",
+    "unwrapped",
 ]
 
 
@@ -33,7 +34,8 @@ class Leaf(Protocol):
     """A weight that multiplies itself; `jaxllm.quantization` holds the kinds.
 
     No static field of a leaf mentions a shape or a number of layers, so that scan
-    and vmap slice it as they slice an array.
+    and vmap slice it as they slice an array. A wrapper around another weight, such as
+    an adapter, is a dataclass that holds it in a field `base`.
     """
 
     @property
@@ -60,6 +62,13 @@ _FEW = 64
 def dense(w: Weight, dtype: Any) -> Array:
     """Returns a weight as a plain array of the given dtype."""
     return w.astype(dtype) if isinstance(w, jax.Array) else w.dequantize(dtype)
+
+
+def unwrapped(w: Any) -> Any:
+    """Returns the weight inside all wrappers: an array, or a leaf that has no base."""
+    while isinstance(w, Leaf) and hasattr(w, "base"):
+        w = w.base
+    return w
 
 
 def einsum(eq: str, x: Array, w: Weight, *, out_dtype: Any = None) -> Array:

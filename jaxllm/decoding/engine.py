@@ -28,6 +28,7 @@ from jaxllm.decoding.protocol import (
     Params,
     Verdict,
 )
+from jaxllm.decoding.resize import resize_forward, resize_verdict
 from jaxllm.decoding.sampling import Sampler
 from jaxllm.decoding.verify import verify
 from jaxllm.models.freeze import Context, Forward, Model
@@ -278,7 +279,7 @@ def step(
         judged = jax.lax.cond(
             draft.valid_BM[:, 1:].any(),
             lambda: judge(draft),
-            lambda: _widen(judge(_root(draft)), drafter.nodes),
+            lambda: _padded(judge(_root(draft)), drafter),
         )
     else:
         judged = judge(draft)
@@ -361,25 +362,14 @@ def _root(draft: Draft) -> Draft:
     return Draft(draft.tokens_BM[:, :1], draft.valid_BM[:, :1])
 
 
-def _widen(judged: _Judged, nodes: int) -> _Judged:
+def _padded(judged: _Judged, drafter: Drafter) -> _Judged:
     """Pads what was said of the pending tokens; nobody reads the rest."""
-
-    def pad(x: Array, axis: int = 1) -> Array:
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, nodes - x.shape[axis])
-        return jnp.pad(x, widths)
-
-    forward, verdict = judged.forward, judged.verdict
+    nodes, own = drafter.nodes, judged.stuck_BM.shape[1]
     return dataclasses.replace(
         judged,
-        forward=Forward(
-            pad(forward.logits_BTV),
-            pad(forward.hidden_BTD),
-            jax.tree.map(lambda x: pad(x, 3), forward.new_kv),
-            jax.tree.map(pad, forward.aux),
-        ),
-        verdict=dataclasses.replace(verdict, chosen_BM=pad(verdict.chosen_BM)),
-        stuck_BM=pad(judged.stuck_BM),
+        forward=resize_forward(judged.forward, nodes),
+        verdict=resize_verdict(judged.verdict, nodes, drafter.depth),
+        stuck_BM=jnp.pad(judged.stuck_BM, ((0, 0), (0, nodes - own))),
     )
 
 

@@ -22,8 +22,8 @@ from jaxllm.decoding.protocol import (
     Params,
     Verdict,
 )
+from jaxllm.decoding.resize import as_seen_by
 from jaxllm.drafting.costs import measure_cost
-from jaxllm.drafting.fallback import widen
 from jaxllm.drafting.prompt_lookup import PromptLookup
 from jaxllm.models.freeze import Forward
 
@@ -349,9 +349,7 @@ class _Width(Drafter):
             params,
             state.inner,
             committed,
-            widen(draft, inner.nodes, inner.tree),
-            self._widen_verdict(verdict),
-            self._widen_forward(forward),
+            *as_seen_by(inner, draft, verdict, forward),
         )
         active_B = committed.length_B > state.length_B
         state = self.owner.decide(state, self.index, verdict, active_B)
@@ -359,28 +357,3 @@ class _Width(Drafter):
 
     def counts(self, state: AdaptiveState) -> Counts:
         return self.owner.counts(state)
-
-    def _widen_verdict(self, verdict: Verdict) -> Verdict:
-        path_BJ = verdict.path_BJ
-        deeper = self.owner.drafter.depth + 1 - path_BJ.shape[1]
-        wider = self.owner.drafter.nodes - self.nodes
-        return dataclasses.replace(
-            verdict,
-            path_BJ=jnp.pad(path_BJ, ((0, 0), (0, deeper)), mode="edge"),
-            chosen_BM=jnp.pad(verdict.chosen_BM, ((0, 0), (0, wider))),
-        )
-
-    def _widen_forward(self, forward: Forward) -> Forward:
-        wider = self.owner.drafter.nodes - self.nodes
-
-        def pad(x: Array, axis: int = 1) -> Array:
-            if x.ndim <= axis or x.shape[axis] != self.nodes:
-                return x
-            return jnp.pad(x, [(0, wider if i == axis else 0) for i in range(x.ndim)])
-
-        return Forward(
-            pad(forward.logits_BTV),
-            pad(forward.hidden_BTD),
-            jax.tree.map(lambda x: pad(x, 3), forward.new_kv),
-            jax.tree.map(pad, forward.aux),
-        )

@@ -21,8 +21,10 @@ from jaxllm.decoding.protocol import (
     Draft,
     Drafter,
     Params,
+    Verdict,
     join_counts,
 )
+from jaxllm.decoding.resize import as_seen_by
 from jaxllm.decoding.sampling import draw
 from jaxllm.decoding.verify import match_choices
 from jaxllm.drafting.draft_net import NetDrafter, add_pass
@@ -318,6 +320,21 @@ class Horizontal(Drafter):
                 whole.log_q_BMV[:, 1:], mode="drop"
             )
         return tuple(states), dataclasses.replace(draft, log_q_BMV=log_q_BMV)
+
+    def observe(
+        self,
+        params: Params,
+        state: Any,
+        committed: Committed,
+        draft: Draft,
+        verdict: Verdict,
+        forward: Forward,
+    ) -> Any:
+        """Lets the first part see the step; the others drafted behind mere guesses."""
+        first = self.drafters[0]
+        step = as_seen_by(first, draft, verdict, forward)
+        own = part_of(params, "0")
+        return (first.observe(own, state[0], committed, *step), *state[1:])
 
     def cost(self, params: Params) -> float:
         """Returns what all parts cost."""

@@ -19,6 +19,7 @@ from jaxllm.decoding.protocol import (
     Verdict,
     join_counts,
 )
+from jaxllm.decoding.resize import as_seen_by, resize_draft
 from jaxllm.models.freeze import Forward
 
 __all__ = ["Fallback", "part_of"]
@@ -95,7 +96,7 @@ class Fallback(Drafter):
         first_state, draft = self.first.propose(
             part_of(params, "first"), state[0], committed
         )
-        draft = widen(draft, self.nodes, self.tree)
+        draft = resize_draft(draft, self.nodes, self.tree)
         empty_B = ~draft.valid_BM[:, 1:].any(axis=1)
 
         def ask(carry: Any) -> Any:
@@ -103,7 +104,7 @@ class Fallback(Drafter):
             second_state, other = self.second.propose(
                 part_of(params, "second"), second_state, committed
             )
-            other = widen(other, self.nodes, self.tree)
+            other = resize_draft(other, self.nodes, self.tree)
             return jnp.bool_(False), second_state, choose_rows(empty_B, other, draft)
 
         # A loop of at most one turn: unlike a branch it updates caches in place.
@@ -125,7 +126,7 @@ class Fallback(Drafter):
         for name, part, own in zip(
             ("first", "second"), (self.first, self.second), state, strict=True
         ):
-            step = trim(part, draft, verdict, forward)
+            step = as_seen_by(part, draft, verdict, forward)
             seen.append(part.observe(part_of(params, name), own, committed, *step))
         return tuple(seen)
 
@@ -149,45 +150,6 @@ class Fallback(Drafter):
 def part_of(params: Params, name: str) -> Params:
     """Returns the parameters as a combinator's part sees them."""
     return {**params, "drafter": params["drafter"][name]}
-
-
-def widen(draft: Draft, nodes: int, tree: bool) -> Draft:
-    """Pads a draft with invalid nodes; a chain among trees gets its parents."""
-    rows, own = draft.tokens_BM.shape
-    parents_BM = draft.parents_BM
-    if tree and parents_BM is None:
-        parents_BM = jnp.broadcast_to(jnp.arange(-1, own - 1), (rows, own))
-    padding = ((0, 0), (0, nodes - own))
-
-    def pad(x: Array | None, value: Any = 0) -> Array | None:
-        if x is None:
-            return None
-        return jnp.pad(x, padding + ((0, 0),) * (x.ndim - 2), constant_values=value)
-
-    tokens_BM, valid_BM = pad(draft.tokens_BM), pad(draft.valid_BM, False)
-    assert tokens_BM is not None and valid_BM is not None
-    return Draft(tokens_BM, valid_BM, pad(parents_BM), pad(draft.log_q_BMV))
-
-
-def trim(
-    drafter: Drafter, draft: Draft, verdict: Verdict, forward: Forward
-) -> tuple[Draft, Verdict, Forward]:
-    """Cuts a step to the nodes and the depth of a drafter, as it would have seen it."""
-    nodes, depth = drafter.nodes, drafter.depth
-
-    def cut(x: Array | None) -> Array | None:
-        return None if x is None else x[:, :nodes]
-
-    tokens_BM, valid_BM = draft.tokens_BM[:, :nodes], draft.valid_BM[:, :nodes]
-    parents_BM = cut(draft.parents_BM) if drafter.tree else None
-    own = Draft(tokens_BM, valid_BM, parents_BM, cut(draft.log_q_BMV))
-    path_BJ = jnp.minimum(verdict.path_BJ[:, : depth + 1], nodes - 1)
-    accepted_B = jnp.minimum(verdict.num_accepted_B, depth)
-    chosen_BM = verdict.chosen_BM[:, :nodes]
-    judged = Verdict(path_BJ, accepted_B, verdict.next_token_B, chosen_BM)
-    logits_BTV, hidden_BTD = forward.logits_BTV, forward.hidden_BTD
-    seen = Forward(logits_BTV[:, :nodes], hidden_BTD[:, :nodes], (), forward.aux)
-    return own, judged, seen
 
 
 def choose_rows(which_B: Array, yes: Draft, no: Draft) -> Draft:

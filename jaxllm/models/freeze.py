@@ -42,6 +42,11 @@ __all__ = [
 
 Params = dict[str, Any]
 
+_REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
 
 @pytree_dataclass
 class Context:
@@ -102,6 +107,8 @@ class Model:
       parts: NNX graph definitions of embedder, layers, final norm and head.
       axes: Logical axis names in a tree like the parameters of one layer a stack:
         tuples of names in the place of arrays, without the stack's leading axis.
+      remat: What a backward computes again instead of keeping: `"none"`; `"dots"`, all
+        but the products with weights; `"full"`, everything inside a layer.
     """
 
     config: DecoderConfig
@@ -109,10 +116,11 @@ class Model:
     rules: ShardingRules | None
     parts: tuple[tuple[str, Any], ...]
     axes: Params
+    remat: str = "none"
 
     def __post_init__(self) -> None:
         # Hashed once: the graph definitions are large, and jit hashes every call.
-        key = (self.config, self.policy, self.rules, self.parts)
+        key = (self.config, self.policy, self.rules, self.parts, self.remat)
         object.__setattr__(self, "_hash", hash(key))
 
     def __hash__(self) -> int:
@@ -122,8 +130,8 @@ class Model:
         return self is other or (
             isinstance(other, Model)
             and hash(self) == hash(other)
-            and (self.config, self.policy, self.rules, self.parts)
-            == (other.config, other.policy, other.rules, other.parts)
+            and (self.config, self.policy, self.rules, self.parts, self.remat)
+            == (other.config, other.policy, other.rules, other.parts, other.remat)
         )
 
     def __call__(
@@ -324,20 +332,23 @@ class _StackRun:
             cos, sin = (jnp.stack(t)[rope] for t in zip(*tables, strict=True))
             angles = (cos, sin)
         cache = context.cache
-        module = model._part("layer", layer_of(self.stack, layer))
-        x_BTD, pair = module(
-            x_BTD,
-            LayerContext(
-                positions_BT=context.positions_BT,
-                valid_BT=context.valid_BT,
-                mask=context.mask,
-                rope=angles,
-                window=window,
-                segments=cache.segments(self.index, layer) if cache else (),
-                rules=model.rules,
-            ),
+        layer_context = LayerContext(
+            positions_BT=context.positions_BT,
+            valid_BT=context.valid_BT,
+            mask=context.mask,
+            rope=angles,
+            window=window,
+            segments=cache.segments(self.index, layer) if cache else (),
+            rules=model.rules,
         )
-        return constrain(x_BTD, ("batch", None, None), model.rules), pair
+
+        def run(weights: Params, x_BTD: Array) -> tuple[Array, tuple[Array, Array]]:
+            x_BTD, pair = model._part("layer", weights)(x_BTD, layer_context)
+            return constrain(x_BTD, ("batch", None, None), model.rules), pair
+
+        if model.remat != "none":
+            run = jax.checkpoint(run, policy=_REMAT[model.remat])
+        return run(layer_of(self.stack, layer), x_BTD)
 
 
 def stack_size(stack: Params) -> int:

@@ -1,5 +1,6 @@
 """Which parameters of a model are quantized, and the map over all of them."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -44,15 +45,24 @@ def quantize_params(params: dict[str, Any], quantizer: Quantizer) -> dict[str, A
 
     Returns:
       A tree of the same form, stacks included, with leaves in place of those arrays.
-      What is a leaf already stays.
+      What is a leaf already stays; of a wrapper, such as an adapter, what is inside is
+      quantized.
     """
+
+    def inside(weight: Any, axis: int) -> Any:
+        if not isinstance(weight, Leaf):
+            return quantizer.quantize(weight, None, input_axis=axis)
+        if not hasattr(weight, "base"):
+            return weight
+        return dataclasses.replace(
+            weight,  # type: ignore[type-var]
+            base=inside(weight.base, axis),
+        )
 
     def quantized(path: tuple[Any, ...], weight: Any) -> Any:
         names = [getattr(key, "key", None) for key in path]
         axis = input_axis(names)
-        if axis is None or isinstance(weight, Leaf):
-            return weight
-        return quantizer.quantize(weight, None, input_axis=axis)
+        return weight if axis is None else inside(weight, axis)
 
     return jax.tree_util.tree_map_with_path(
         quantized, params, is_leaf=lambda x: isinstance(x, Leaf)

@@ -15,7 +15,12 @@ import jax.numpy as jnp
 import pytest
 
 from jaxllm.checkpoints import LanguageModel, load_language_model, save_workdir
-from jaxllm.checkpoints.workdir import find_steps, open_workdir, write_step
+from jaxllm.checkpoints.workdir import (
+    LEAVES,
+    find_steps,
+    open_workdir,
+    write_step,
+)
 from jaxllm.core import CheckpointError, DTypePolicy, pytree_dataclass
 from jaxllm.models import make_model
 from jaxllm.models.families import decoder_config
@@ -203,7 +208,7 @@ def test_an_unknown_leaf_is_refused(source, tmp_path):
     params = lm.params | {"head": {"kernel": Strange(lm.params["head"]["kernel"])}}
     message = (
         "cannot save checkpoint: a weight is Strange, expected an array or one of "
-        "IntTensor. Merge adapters first."
+        f"{', '.join(LEAVES)}. Turn it into one of these first."
     )
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
         save_workdir(dataclasses.replace(lm, params=params), tmp_path / "w")

@@ -107,3 +107,12 @@ def test_refusals() -> None:
     lenient = jaxllm.bind(lm, f"vertical:{EARLY},lenience=2,drafter=(autoregressive)")
     with pytest.raises(ConfigError, match="above 1 under the rejection rule"):
         run(lenient, temperature=1.0, verify="reject")
+
+
+@pytest.mark.parametrize("window", [4, 8])
+def test_the_first_part_of_a_horizontal_learns_as_if_alone(window) -> None:
+    # Of a window that is wider than the part's share, the rest stays as guessed.
+    alone = run(f"jacobi:window={window}")
+    cascade = run(f"horizontal:drafters=(jacobi:window={window}),lengths={window - 1}")
+    assert steps(alone) == steps(cascade)
+    run(f"horizontal:drafters=(jacobi:window={window})+(max_gram),lengths=2+1")

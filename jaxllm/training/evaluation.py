@@ -1,0 +1,89 @@
+"""What a run measures of its model on the way: a loss, and text to look at."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxllm.checkpoints import LanguageModel
+from jaxllm.decoding import BoundDrafter, make_sampler
+from jaxllm.decoding.job import Job
+from jaxllm.drafting import Autoregressive
+from jaxllm.models import Model
+from jaxllm.training.config import SampleConfig
+from jaxllm.training.data import DataConfig
+from jaxllm.training.documents import Documents
+from jaxllm.training.objectives import Objective
+from jaxllm.training.streams import open_stream
+
+__all__ = ["evaluate_loss", "sample_texts"]
+
+
+def evaluate_loss(
+    lm: LanguageModel,
+    data: DataConfig,
+    *,
+    cache: Path,
+    objective: Objective,
+    frozen: Any,
+    memory: Mapping[str, Documents] | None = None,
+) -> dict[str, float]:
+    """Returns the loss on a finite stream, every token counted alike.
+
+    Args:
+      lm: The model.
+      data: The stream, with a number of epochs.
+      cache: Folder of token files.
+      objective: What is measured.
+      frozen: What it reads.
+      memory: As for `open_data`.
+
+    Returns:
+      `eval/loss`, and the objective's metrics as `eval/NAME`.
+    """
+    stream = open_stream(data, lm.tokenizer, cache, memory)
+    total: dict[str, float] = {}
+    weight: dict[str, float] = {}
+    try:
+        for batch in iter(stream):  # type: ignore[call-overload]
+            found, weights = jax.device_get(
+                _measure(lm.params, batch, frozen, model=lm.model, objective=objective)
+            )
+            for name, value in found.items():
+                total[name] = total.get(name, 0.0) + float(value)
+            for name, value in weights.items():
+                weight[name] = weight.get(name, 0.0) + float(value)
+    finally:
+        stream.close()
+    count = sum(weight.values())
+    return {f"eval/{name}": value / count for name, value in total.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("model", "objective"))
+def _measure(
+    params: Any, batch: Any, frozen: Any, *, model: Model, objective: Objective
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    weights = objective.weights(batch)
+    ones = {name: jnp.float32(1) for name in weights}
+    loss, metrics = objective.loss(
+        model, params, batch, ones, jax.random.key(0), frozen
+    )
+    return {"loss": loss, **metrics}, weights
+
+
+def sample_texts(lm: LanguageModel, config: SampleConfig) -> list[str]:
+    """Returns the prompts with what the model makes of them, at any seed the same."""
+    rows = len(config.prompts)
+    job = Job.make(lm, list(config.prompts), config.max_new_tokens, (), 0)
+    bound = BoundDrafter(lm, Autoregressive())
+    texts = [""] * rows
+    for batch in job.batches():
+        sampler = make_sampler(len(batch), temperature=config.temperature)
+        outputs, readers = job.run(bound, batch, sampler)
+        for row, output, reader in zip(batch, outputs, readers, strict=True):
+            texts[row] = config.prompts[row] + job.result(output, reader, 0.0).text
+    return texts
