@@ -49,9 +49,7 @@ def decoder(width: int, num_layers: int, hidden: int) -> DecoderConfig:
 
 
 def text(name: str, weight: float = 1.0) -> SourceConfig:
-    return SourceConfig(
-        path=f"{ROOT}/{name}.txt", weight=weight, separator=END_OF_TEXT
-    )
+    return SourceConfig(path=f"{ROOT}/{name}.txt", weight=weight, separator=END_OF_TEXT)
 
 
 def data(rows: int, length: int = 512, seed: int = 0) -> DataConfig:

@@ -108,6 +108,8 @@ def test_the_shell_examples_run(block, tmp_path):
     python = shlex.quote(sys.executable)
     command.write_text(f'#!/bin/sh\nexec {python} -m jaxllm.cli.main "$@"\n')
     command.chmod(0o755)
+    # The lines are run in a checkout.
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     path = os.pathsep.join([str(command.parent), os.environ["PATH"]])
     script = "set -euo pipefail\n" + block.text
     assert run(["bash", "-c", script], tmp_path, PATH=path).strip()

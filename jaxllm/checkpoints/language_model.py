@@ -43,6 +43,15 @@ class LanguageModel:
         """The architecture."""
         return self.model.config
 
+    def shares_tokens(self, other: "LanguageModel") -> bool:
+        """Returns whether both models have the same tokens, id for id.
+
+        Where one has no tokenizer only the sizes of the vocabularies can tell.
+        """
+        if self.tokenizer is None or other.tokenizer is None:
+            return self.config.vocabulary == other.config.vocabulary
+        return self.tokenizer.fingerprint() == other.tokenizer.fingerprint()
+
     def __repr__(self) -> str:
         """The name and size; the parameters would fill pages."""
         config = self.config

@@ -351,7 +351,12 @@ def bind_net(
         draft = load_language_model(
             name, dtype=lm.model.policy.compute, mesh=lm.mesh, quantize=quantize
         )
-        _check_tokens(lm, draft, name)
+        if not lm.shares_tokens(draft):
+            raise ConfigError(
+                f"cannot draft: {name}: its tokens are not those of "
+                f"{lm.name or 'the target'}, expected one vocabulary, id for id. "
+                f"Choose a model that was trained with the target's tokenizer."
+            )
         model, params, depth = draft.model, draft.params, draft.config.num_layers
     if layers is not None and not 0 < layers <= depth:
         raise ConfigError(
@@ -367,17 +372,3 @@ def bind_net(
     label += f" {quantize}" if quantize else ""
     net = DraftNet(model, lm.config.vocabulary, label, layers, shares)
     return net, {} if shares else params
-
-
-def _check_tokens(lm: LanguageModel, draft: LanguageModel, name: str) -> None:
-    ours, theirs = lm.tokenizer, draft.tokenizer
-    if ours is None or theirs is None:
-        same = lm.config.vocabulary == draft.config.vocabulary
-    else:
-        same = ours.fingerprint() == theirs.fingerprint()
-    if not same:
-        raise ConfigError(
-            f"cannot draft: {name}: its tokens are not those of "
-            f"{lm.name or 'the target'}, expected one vocabulary, id for id. Choose a "
-            f"model that was trained with the target's tokenizer."
-        )

@@ -36,7 +36,7 @@ FREE = ("log_every", "checkpoint", "sample", "evaluation.every", "tensorboard", 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """The loss on text that is not learned.
+    """The next-token loss on text that is not learned, whatever a run minimises.
 
     Attributes:
       data: The text; read once, to its end.

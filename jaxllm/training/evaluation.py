@@ -14,10 +14,11 @@ from jaxllm.decoding import BoundDrafter, make_sampler
 from jaxllm.decoding.job import Job
 from jaxllm.drafting import Autoregressive
 from jaxllm.models import Model
+from jaxllm.training.batch import Batch
 from jaxllm.training.config import SampleConfig
 from jaxllm.training.data import DataConfig
 from jaxllm.training.documents import Documents
-from jaxllm.training.objectives import Objective
+from jaxllm.training.objectives import NextToken
 from jaxllm.training.streams import open_stream
 
 __all__ = ["evaluate_loss", "sample_texts"]
@@ -28,51 +29,41 @@ def evaluate_loss(
     data: DataConfig,
     *,
     cache: Path,
-    objective: Objective,
-    frozen: Any,
     memory: Mapping[str, Documents] | None = None,
 ) -> dict[str, float]:
-    """Returns the loss on a finite stream, every token counted alike.
+    """Returns the next-token loss on a finite stream, whatever the run minimises.
 
     Args:
       lm: The model.
       data: The stream, with a number of epochs.
       cache: Folder of token files.
-      objective: What is measured.
-      frozen: What it reads.
       memory: As for `open_data`.
 
     Returns:
-      `eval/loss`, and the objective's metrics as `eval/NAME`.
+      `eval/loss` in nats a token, every token counted alike, and `eval/accuracy`.
     """
     stream = open_stream(data, lm.tokenizer, cache, memory)
     total: dict[str, float] = {}
-    weight: dict[str, float] = {}
+    count = 0.0
     try:
         for batch in iter(stream):  # type: ignore[call-overload]
-            found, weights = jax.device_get(
-                _measure(lm.params, batch, frozen, model=lm.model, objective=objective)
-            )
-            for name, value in found.items():
+            sums, weight = jax.device_get(_measure(lm.params, batch, model=lm.model))
+            count += float(weight)
+            for name, value in sums.items():
                 total[name] = total.get(name, 0.0) + float(value)
-            for name, value in weights.items():
-                weight[name] = weight.get(name, 0.0) + float(value)
     finally:
         stream.close()
-    count = sum(weight.values())
     return {f"eval/{name}": value / count for name, value in total.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "objective"))
-def _measure(
-    params: Any, batch: Any, frozen: Any, *, model: Model, objective: Objective
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    weights = objective.weights(batch)
-    ones = {name: jnp.float32(1) for name in weights}
-    loss, metrics = objective.loss(
-        model, params, batch, ones, jax.random.key(0), frozen
-    )
-    return {"loss": loss, **metrics}, weights
+@functools.partial(jax.jit, static_argnames=("model",))
+def _measure(params: Any, batch: Batch, *, model: Model) -> tuple[Any, Array]:
+    """Returns sums over a batch, and the weight of its tokens."""
+    objective = NextToken()
+    weight = objective.weights(batch)["tokens"]
+    one = {"tokens": jnp.float32(1)}
+    loss, metrics = objective.loss(model, params, batch, one, jax.random.key(0), {})
+    return {"loss": loss, "accuracy": metrics["accuracy"]}, weight
 
 
 def sample_texts(lm: LanguageModel, config: SampleConfig) -> list[str]:

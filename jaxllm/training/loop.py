@@ -356,8 +356,6 @@ class Run:
             self.lm,
             evaluation.data,
             cache=self.workdir / "data",
-            objective=self.objective,
-            frozen=self._frozen.objective,
             memory=self._memory,
         )
         self._loss = found["eval/loss"]

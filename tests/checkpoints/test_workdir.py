@@ -259,6 +259,7 @@ print("moved")
 """
 
 
+@pytest.mark.slow
 def test_a_workdir_moves_from_mesh_to_mesh(source, tmp_path, run_with_devices):
     code = f"SOURCE, TARGET = {str(source)!r}, {str(tmp_path)!r}\n{MOVE}"
     assert run_with_devices(8, code).strip() == "moved"

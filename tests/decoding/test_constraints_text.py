@@ -18,7 +18,7 @@ from jaxllm.decoding.constraints import (
     make_constraint,
     token_bytes,
 )
-from tests.decoding.toys import toy_model
+from tests.decoding.toys import TEMPERATURES, toy_model
 
 TEXTS = [
     "Once upon a time",
@@ -120,7 +120,7 @@ def test_tokens_that_are_joined_in_another_way_are_refused() -> None:
     )
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_a_pattern_on_a_real_model(temperature) -> None:
     pattern = r"(, | )[a-z ]{5,30}\. (Lily|The cat) (saw|had) [0-9]{1,2} birds[.!]"
     results = jaxllm.generate(
@@ -135,7 +135,7 @@ def test_a_pattern_on_a_real_model(temperature) -> None:
         assert result.finish_reason == "eos"
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_a_schema_on_a_real_model(temperature, tmp_path) -> None:
     path = tmp_path / "schema.json"
     path.write_text(json.dumps(SCHEMA))

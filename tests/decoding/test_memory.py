@@ -193,6 +193,7 @@ def test_slots_grow_where_the_budget_allows_the_copy() -> None:
     assert tight.rungs == (whole,)
 
 
+@pytest.mark.slow
 def test_a_plan_runs_and_changes_no_token() -> None:
     model, params = toy_model()
     prompts, new = prompts_of(5, 9), 150

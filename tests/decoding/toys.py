@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from jaxllm.attention import GLOBAL_WINDOW, RopeConfig
 from jaxllm.decoding import Draft, Drafter
@@ -13,6 +14,9 @@ from jaxllm.layers import AttentionConfig, MlpConfig
 from jaxllm.models import DecoderConfig, make_model
 
 VOCABULARY = 61
+
+TEMPERATURES = [pytest.param(0.0, marks=pytest.mark.slow), 1.0]
+"""Greedy decoding is another program; the sampled one takes the same ways and more."""
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from tests.decoding.test_engine import (
     request_of,
     run,
 )
-from tests.decoding.toys import Replay, toy_model
+from tests.decoding.toys import TEMPERATURES, Replay, toy_model
 
 COSTS = {"costs": (1.0, 1.5, 1.7), "draft_cost": 0.0, "budget": 1.0}
 
@@ -53,7 +53,7 @@ def test_right_drafts_run_at_the_widest() -> None:
         assert output.stats["accepted"] == [new // 8] * 8
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_tokens_are_those_of_plain_decoding(temperature) -> None:
     options = {"temperature": temperature}
     request = request_of(prompts_of(1, 9, 4), 25, **options)
@@ -67,6 +67,7 @@ def test_tokens_are_those_of_plain_decoding(temperature) -> None:
     assert all(0 < d < 5 * p for d, p in zip(drafted, passes, strict=True))
 
 
+@pytest.mark.slow
 def test_a_tree_is_cut_to_its_first_nodes() -> None:
     prompts, new = prompts_of(3, 6), 24
     request = request_of(prompts, new)
@@ -147,6 +148,7 @@ class Running(Watching):
         return toy_model()[0](params["target"], draft.tokens_BM, context)
 
 
+@pytest.mark.slow
 def test_an_inner_drafter_may_run_the_target_itself() -> None:
     prompts, new = prompts_of(3), 9
     plain = replay(prompts, new, depth=3)

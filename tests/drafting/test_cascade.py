@@ -4,13 +4,14 @@ import pytest
 
 import jaxllm
 from jaxllm.core.errors import ConfigError
+from tests.decoding.toys import TEMPERATURES
 from tests.drafting.toy_methods import ids, run, steps, toy_lm
 
 EARLY = "model=target,layers=1"
 WHOLE = "model=target,layers=2"
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_a_vertical_over_nothing_is_the_model_alone(temperature) -> None:
     alone = run(f"model:{EARLY},length=4", temperature=temperature)
     cascade = run(
@@ -20,7 +21,7 @@ def test_a_vertical_over_nothing_is_the_model_alone(temperature) -> None:
     assert steps(alone) == steps(cascade)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_a_strict_vertical_drafts_what_its_model_would(temperature) -> None:
     alone = run(f"model:{WHOLE},length=6", temperature=temperature)
     cascade = run(
@@ -50,6 +51,7 @@ def test_a_perfect_inner_drafter_saves_forwards() -> None:
         assert 2 <= reviews < 0.6 * alone
 
 
+@pytest.mark.slow
 def test_a_horizontal_of_one_is_that_one() -> None:
     for temperature in (0.0, 1.0):
         alone = run(f"model:{EARLY},length=3", temperature=temperature)
@@ -61,6 +63,7 @@ def test_a_horizontal_of_one_is_that_one() -> None:
         assert steps(alone) == steps(cascade)
 
 
+@pytest.mark.slow
 def test_a_horizontal_goes_on_where_the_first_stopped() -> None:
     alone = run(f"model:{WHOLE},length=5")
     parts = f"(model:{WHOLE},length=3)+(model:{WHOLE},length=2)"
@@ -69,6 +72,7 @@ def test_a_horizontal_goes_on_where_the_first_stopped() -> None:
     assert steps(alone) == steps(cascade)
 
 
+@pytest.mark.slow
 def test_lenience_lets_the_inner_draft_through() -> None:
     inner = f"(model:{EARLY},length=4)"
     lenient = run(f"vertical:{WHOLE},length=4,lenience=1e9,drafter={inner}")
@@ -81,6 +85,7 @@ def test_lenience_lets_the_inner_draft_through() -> None:
         assert result.stats["draft_passes"]["target[:2]"] == passes
 
 
+@pytest.mark.slow
 def test_the_first_difference_is_never_the_cascades() -> None:
     methods = [
         f"vertical:{WHOLE},length=3,drafter=(tree:{EARLY})",
@@ -109,7 +114,7 @@ def test_refusals() -> None:
         run(lenient, temperature=1.0, verify="reject")
 
 
-@pytest.mark.parametrize("window", [4, 8])
+@pytest.mark.parametrize("window", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_the_first_part_of_a_horizontal_learns_as_if_alone(window) -> None:
     # Of a window that is wider than the part's share, the rest stays as guessed.
     alone = run(f"jacobi:window={window}")

@@ -7,13 +7,17 @@ import pytest
 import jaxllm
 from jaxllm.core.errors import ConfigError
 from jaxllm.drafting.graph import Graph, unroll
+from tests.decoding.toys import TEMPERATURES
 from tests.drafting.toy_methods import ids, run, steps, toy_lm
 
 EARLY = "model=target,layers=1"
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("options", ["", ",depth=3,width=4,frontier=5,nodes=14"])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param("", marks=pytest.mark.slow), ",depth=3,width=4,frontier=5,nodes=14"],
+)
 def test_without_merging_it_is_the_dynamic_tree(options, temperature) -> None:
     tree = run(f"tree:{EARLY}{options}", temperature=temperature)
     graph = run(f"graph:{EARLY},merge_order=-1{options}", temperature=temperature)
@@ -23,7 +27,7 @@ def test_without_merging_it_is_the_dynamic_tree(options, temperature) -> None:
         assert a.stats["draft_tokens"] == b.stats["draft_tokens"]
 
 
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("order", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_merging_keeps_the_text_and_expands_no_more_nodes(order) -> None:
     size = "depth=4,width=5,frontier=5,nodes=12"
     tree = run(f"graph:{EARLY},merge_order=-1,{size}", temperature=1.0)

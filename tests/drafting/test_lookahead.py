@@ -24,11 +24,12 @@ from tests.decoding.test_engine import (
     request_of,
     run,
 )
+from tests.decoding.toys import TEMPERATURES
 
 ALPHABET = 11
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_tokens_are_those_of_plain_decoding(temperature) -> None:
     options = {"temperature": temperature}
     request = request_of(prompts_of(1, 9, 4), 20, **options)

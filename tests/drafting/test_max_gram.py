@@ -15,7 +15,7 @@ from jaxllm.drafting.max_gram import greedy_bigrams, max_gram_reference
 from jaxllm.drafting.ngram_counts import build_trigram
 from jaxllm.drafting.ngrams import save_table
 from tests.decoding.test_engine import request_of, run
-from tests.decoding.toys import VOCABULARY
+from tests.decoding.toys import TEMPERATURES, VOCABULARY
 from tests.drafting.repeating_target import repeats
 from tests.drafting.test_prompt_lookup import committed_of
 from tests.drafting.toy_methods import ids, toy_lm, toy_prompts
@@ -81,7 +81,7 @@ def test_where_rows_match_it_is_prompt_lookup() -> None:
     assert theirs.valid_BM.all()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_tokens_are_those_of_plain_decoding_of_its_width(temperature) -> None:
     options = {"temperature": temperature, "lengths": (1, 6)}
     plain = run_method("autoregressive:query_width=11", **options)

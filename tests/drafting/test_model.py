@@ -9,13 +9,13 @@ from jaxllm.core.errors import ConfigError
 from jaxllm.core.rng import row_keys
 from jaxllm.decoding import Committed, make_sampler
 from jaxllm.drafting.draft_net import DraftNet
-from tests.decoding.toys import toy_model
+from tests.decoding.toys import TEMPERATURES, toy_model
 from tests.drafting.toy_methods import ids, run, toy_lm, toy_prompts
 
 WHOLE = "model:model=target,layers=2"  # all layers of the toy model: the target itself
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_the_target_as_its_own_draft_is_always_right(temperature) -> None:
     # Also right after drafts that were accepted whole, whose last token was not fed.
     for result in run(f"{WHOLE},length=3", temperature=temperature):

@@ -16,7 +16,9 @@ EARLY = "model=target,layers=1"
 WHOLE = "model=target,layers=2"
 
 
-@pytest.mark.parametrize("shape", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    "shape", [pytest.param("dynamic", marks=pytest.mark.slow), "static"]
+)
 def test_one_candidate_a_node_is_a_chain(shape) -> None:
     chain = run(f"model:{EARLY},length=3", temperature=1.0)
     options = "width=1" if shape == "dynamic" else "shape=static,accuracy=0.5"
@@ -26,7 +28,11 @@ def test_one_candidate_a_node_is_a_chain(shape) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", ["width=2,frontier=4,nodes=15", "shape=static,nodes=8"]
+    "options",
+    [
+        pytest.param("width=2,frontier=4,nodes=15", marks=pytest.mark.slow),
+        "shape=static,nodes=8",
+    ],
 )
 def test_the_target_as_its_own_draft_is_always_right(options) -> None:
     # Where the tree has room for the best child of every node.
@@ -40,6 +46,7 @@ def assert_always_right(results) -> None:
         assert result.stats["target_passes"] == 24 // 4
 
 
+@pytest.mark.slow
 def test_node_logits_are_those_of_the_node_s_own_text() -> None:
     # Every node of the tree has to be what the model would say after its own path.
     lm = toy_lm()

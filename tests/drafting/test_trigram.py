@@ -256,12 +256,12 @@ def test_a_step_learns_from_the_nodes_that_it_should(learn) -> None:
 @pytest.mark.parametrize(
     ("setting", "temperature"),
     [
-        ("", 0.0),
+        pytest.param("", 0.0, marks=pytest.mark.slow),
         ("", 1.0),
         (":search=puct,iterations=9", 1.0),
         (":learn=tree,eta=0.9", 0.0),
-        (":nodes=2", 0.0),
-        (":slots=1", 1.0),
+        pytest.param(":nodes=2", 0.0, marks=pytest.mark.slow),
+        pytest.param(":slots=1", 1.0, marks=pytest.mark.slow),
     ],
 )
 def test_tokens_are_those_of_plain_decoding(setting, temperature) -> None:
@@ -287,7 +287,12 @@ def garbage(table: TrigramTable, seed: int) -> TrigramTable:
 
 
 @pytest.mark.parametrize(
-    ("search", "temperature"), [("best_first", 0.0), ("best_first", 1.0), ("puct", 0.0)]
+    ("search", "temperature"),
+    [
+        pytest.param("best_first", 0.0, marks=pytest.mark.slow),
+        ("best_first", 1.0),
+        pytest.param("puct", 0.0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_table_of_garbage_changes_no_token(search, temperature) -> None:
     drafter, params = Trigram(search=search, slots=64, iterations=9).bind(toy_lm())
@@ -298,6 +303,7 @@ def test_a_table_of_garbage_changes_no_token(search, temperature) -> None:
     assert_equals_reference(outputs, request, options)
 
 
+@pytest.mark.slow
 def test_without_learning_the_table_stays() -> None:
     assert not Trigram(eta=0.0).learns
     assert not Trigram(adapt=False).learns

@@ -87,7 +87,9 @@ def test_a_run_learns_and_leaves_a_model_behind(unbroken) -> None:
     assert len(result.token_ids) == 4
 
 
-@pytest.mark.parametrize("stops", [(4,), (1, 8, 11)])
+@pytest.mark.parametrize(
+    "stops", [(4,), pytest.param((1, 8, 11), marks=pytest.mark.slow)]
+)
 def test_a_run_that_was_stopped_ends_in_the_same_bits(
     folder, unbroken, tmp_path, stops
 ) -> None:

@@ -29,7 +29,6 @@ from jaxllm.training.objectives.readout import (
 
 __all__ = [
     "Distillation",
-    "check_same_tokens",
     "forward_kl",
     "reverse_kl",
     "total_variation",
@@ -128,7 +127,12 @@ class Distillation(Objective):
         teacher = load_language_model(
             self.teacher, dtype=lm.model.policy.compute, mesh=lm.mesh
         )
-        check_same_tokens(lm, teacher, self.teacher)
+        if not lm.shares_tokens(teacher):
+            raise ConfigError(
+                f"cannot distil: {self.teacher}: its tokens are not those of "
+                f"{lm.name or 'the model'}, expected one vocabulary, id for id. Choose "
+                f"a teacher with the tokenizer of the model."
+            )
         return self.taught_by(teacher.model), teacher.params
 
     def taught_by(self, model: Model) -> "Distillation":
@@ -279,18 +283,3 @@ def _advantage(sums: dict[str, Array], kind: str, row_weight_B: Array) -> Array:
     deviation_B = jnp.maximum(deviation_B, _LOWEST_DEVIATION)
     mean_B, deviation_B = jax.lax.stop_gradient((mean_B, deviation_B))
     return ((gain_B - mean_B * whole_B) / deviation_B).sum()
-
-
-def check_same_tokens(lm: LanguageModel, teacher: LanguageModel, name: str) -> None:
-    """Raises `ConfigError` unless both models have the same tokens, id for id."""
-    ours, theirs = lm.tokenizer, teacher.tokenizer
-    if ours is None or theirs is None:
-        same = lm.config.vocabulary == teacher.config.vocabulary
-    else:
-        same = ours.fingerprint() == theirs.fingerprint()
-    if not same:
-        raise ConfigError(
-            f"cannot distil: {name}: its tokens are not those of "
-            f"{lm.name or 'the model'}, expected one vocabulary, id for id. Choose a "
-            f"teacher with the tokenizer of the model."
-        )
