@@ -15,6 +15,7 @@ appending.
 Expect, on two otherwise idle cores, some twenty minutes.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -78,16 +79,17 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     sizes = MODELS[FLAGS.model]
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = pathlib.Path(scratch)
-        sizes.write(directory / "model", FLAGS.seed)
+    output = pathlib.Path(FLAGS.output).absolute()
+    # Inside the folder, so that results name the model and not a place.
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        sizes.write(pathlib.Path(FLAGS.model), FLAGS.seed)
         rows = prompts(sizes.vocabulary, FLAGS.prompts, FLAGS.length, FLAGS.seed)
-        file = directory / "prompts.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        pathlib.Path("prompts.jsonl").write_text(lines)
         arguments = [
-            f"--model={directory / 'model'}",
-            f"--prompts={file}",
-            f"--output={FLAGS.output}",
+            f"--model={FLAGS.model}",
+            "--prompts=prompts.jsonl",
+            f"--output={output}",
             f"--runs={FLAGS.runs}",
             f"--max_new_tokens={FLAGS.new}",
             f"--temperature={FLAGS.temperature}",

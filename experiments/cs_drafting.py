@@ -10,6 +10,9 @@ Set-up: `demo` (2.9M parameters), `demo-draft` (0.56M) and the statistical draft
 `max_gram` at no cost, greedy, 12 story prompts, 96 tokens each. Every length of the
 single draft is tried; a cascade has to beat the best of them.
 
+Measured over the single draft at its best length (3): vertical 1.003, horizontal 1.042
+and both 1.050.
+
 Believe a gain of 1.0 to 1.4 here: the draft costs a fifth of the target, so little is
 left to save in it.
 """

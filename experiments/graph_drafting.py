@@ -9,7 +9,12 @@ Set-up: `demo` and `demo-draft`, greedy and at temperature 1, 12 story prompts, 
 tokens each. A candidate below `node_threshold` is verified but not expanded, so merging
 leaves fewer nodes to expand; the target verifies the same number of nodes each time.
 
-Believe a saving of 3 to 40 % of the expanded nodes with tokens per pass within 3 %.
+Measured, nodes saved and tokens a pass relative to the tree without merging: equal
+tokens merge, 12.9% and 0.939 greedy, 5.6% and 0.968 at temperature 1; equal tokens
+behind equal tokens merge, 0.3% and 1.000, 0.2% and 0.997. On stories a word seldom
+repeats behind the same word, and what follows a word alone is worth less.
+
+Believe a saving of 0 to 40 % of the expanded nodes with tokens per pass within 7 %.
 """
 
 from absl import app, flags

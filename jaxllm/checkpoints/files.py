@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -109,7 +110,8 @@ def replacing(path: str | os.PathLike[str], what: str) -> Iterator[IO[bytes]]:
         CheckpointError: the disk is full, or the directory is absent or not writable.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Processes on several machines that share a directory may have the same id.
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -131,8 +133,10 @@ def _sync_directory(directory: Path) -> None:
     # Without it a power cut can lose the rename although the data is on the disk.
     if os.name != "posix":
         return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(OSError):
+        # Some file systems do not sync directories, and the name is there already.
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -19,15 +19,14 @@ import json
 import os
 import tempfile
 import time
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from jaxllm.checkpoints import Tokenizer
-from jaxllm.checkpoints.files import first_line
+from jaxllm.checkpoints.files import first_line, replacing
 from jaxllm.core.errors import ConfigError, UserError
 from jaxllm.training.corpus import (
     CorpusReader,
@@ -262,7 +261,10 @@ def _build(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
-        with _appearing(target) as file, _Writer(file, target.parent, tokenizer) as out:
+        with (
+            replacing(target, "cannot write token file") as file,
+            _Writer(file, target.parent, tokenizer) as out,
+        ):
             for record in reader:
                 out.add(*_encode(record, tokenizer, source))
             if not out.documents:
@@ -366,32 +368,6 @@ class _Writer:
     def _append(self, data: bytes) -> None:
         self._digest.update(data)
         self._file.write(data)
-
-
-@contextlib.contextmanager
-def _appearing(target: Path) -> Iterator[IO[bytes]]:
-    """Opens a temporary sibling that takes the name `target` once it is complete.
-
-    The name is nobody else's: processes on several machines that share a directory
-    may have the same process id.
-    """
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        with contextlib.suppress(OSError):
-            # Some file systems do not sync directories, and the name is there already.
-            directory = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _remove_abandoned(target: Path) -> None:
