@@ -25,6 +25,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     FLAGS.append("--xla_cpu_multi_thread_eigen=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
+# The same programs are compiled by several modules, by both workers and in the next
+# run; the cache of jax knows them by their content, so none can be stale.
+CACHE = {
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "programs"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+for name, value in CACHE.items():
+    os.environ.setdefault(name, value)
+
 # Child processes find the checkout from any directory.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
