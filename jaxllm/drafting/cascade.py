@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxllm.core.errors import ConfigError
+from jaxllm.decoding.feed import after
 from jaxllm.decoding.protocol import (
     Committed,
     Counts,
@@ -185,7 +186,8 @@ class Vertical(NetDrafter):
         ahead_BJ = jnp.where(late_B[:, None], path_BJ, jnp.roll(path_BJ, -1, axis=1))
         first_B1 = jnp.where(late_B, 0, 1 + path_BJ[:, 0])[:, None]
         kept_BJ = jnp.concatenate([first_B1, 1 + ahead_BJ], axis=1)
-        cache = net_state.cache.append(new_kv, kept_BJ, count_B + late_B)
+        grown_B = after(forward.hidden_BTD, count_B + late_B)
+        cache = net_state.cache.append(new_kv, kept_BJ, grown_B)
         net_state = dataclasses.replace(net_state, cache=cache, fed_BS=grown.tokens_BS)
         ran_B = draft.valid_BM.sum(axis=1) * going_B + late_B
         net_state = add_pass(net_state, ran_B)

@@ -11,7 +11,7 @@ from jax import Array
 
 from jaxllm.checkpoints import LanguageModel
 from jaxllm.decoding import BoundDrafter, make_sampler
-from jaxllm.decoding.job import Job
+from jaxllm.decoding.job import Job, on_mesh
 from jaxllm.drafting import Autoregressive
 from jaxllm.models import Model
 from jaxllm.training.batch import Batch
@@ -19,7 +19,7 @@ from jaxllm.training.config import SampleConfig
 from jaxllm.training.data import DataConfig
 from jaxllm.training.documents import Documents
 from jaxllm.training.objectives import NextToken
-from jaxllm.training.streams import open_stream
+from jaxllm.training.streams import open_stream, place
 
 __all__ = ["evaluate_loss", "sample_texts"]
 
@@ -47,7 +47,10 @@ def evaluate_loss(
     count = 0.0
     try:
         for batch in iter(stream):  # type: ignore[call-overload]
-            sums, weight = jax.device_get(_measure(lm.params, batch, model=lm.model))
+            with on_mesh(lm):
+                batch = place(batch, lm.mesh)
+                found = _measure(lm.params, batch, model=lm.model)
+            sums, weight = jax.device_get(found)
             count += float(weight)
             for name, value in sums.items():
                 total[name] = total.get(name, 0.0) + float(value)

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.checkpoints import LanguageModel
 from jaxllm.checkpoints.files import replacing
@@ -26,6 +25,7 @@ from jaxllm.checkpoints.save import workdir_config, write_companions
 from jaxllm.checkpoints.workdir import describe_step, find_steps
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.partition import join
+from jaxllm.core.sharding import make_mesh
 from jaxllm.training import metrics as files
 from jaxllm.training.checkpoints import Checkpointer
 from jaxllm.training.config import FREE, TrainConfig, describe, differences
@@ -35,7 +35,7 @@ from jaxllm.training.interruption import Interruption, agreed
 from jaxllm.training.optimizers import make_optimizer, make_schedule
 from jaxllm.training.start import lay_out, start
 from jaxllm.training.step import Frozen, TrainState, init_state, train_step
-from jaxllm.training.streams import open_stream
+from jaxllm.training.streams import open_stream, place
 from jaxllm.training.throughput import flops_per_token, peak_flops
 
 __all__ = ["DivergedError", "Hook", "PreemptedError", "Run", "fit"]
@@ -158,16 +158,20 @@ class Run:
                 f"cannot train: accumulate is {parts} for {rows} rows, expected a "
                 f"divisor of data.batch_rows. Choose such a one."
             )
-        if self.config.mesh:
-            from jaxllm.core.sharding import make_mesh
-
-            shape = make_mesh(self.config.mesh).shape
-            ways = shape["data"] * shape["fsdp"]
-            if rows // parts % ways:
+        if not self.config.mesh:
+            return
+        shape = make_mesh(self.config.mesh).shape
+        ways = shape["data"] * shape["fsdp"]
+        evaluation = self.config.evaluation
+        asked = {"data": (rows, parts)}
+        if evaluation is not None:
+            asked["evaluation.data"] = (evaluation.data.batch_rows, 1)
+        for name, (rows, parts) in asked.items():
+            if rows % (parts * ways):
                 raise ConfigError(
-                    f"cannot train: {rows} rows in {parts} parts, expected a multiple "
-                    f"of {ways * parts} for the mesh {self.config.mesh}. Correct "
-                    f"data.batch_rows, accumulate or mesh."
+                    f"cannot train: {name}.batch_rows is {rows}, in {parts} parts, "
+                    f"expected a multiple of {ways * parts} for the mesh "
+                    f"{self.config.mesh}. Correct the rows, accumulate or mesh."
                 )
 
     def _keep_config(self, allow: Sequence[str]) -> None:
@@ -251,8 +255,7 @@ class Run:
         pending: list[tuple[int, int, dict[str, jax.Array]]] = []
         clock, compiled = time.perf_counter(), False
         while self.step < config.steps:
-            batch = self._next_batch()
-            tokens = _learned(batch)
+            batch, tokens = self._next_batch()
             self.state, measured = self._do_step(batch)
             self.step += 1
             self._counts.tokens += tokens
@@ -271,11 +274,8 @@ class Run:
                 self._log(pending, now - clock)
                 pending, clock = [], now
             stop = agreed(interruption.is_asked)
-            paused = self._after_step(last, stop)
-            if paused:
-                # What is not training does not slow the reported rate down.
-                jax.block_until_ready(self.state.step)
-                clock += paused
+            # What is not training does not slow the reported rate down.
+            clock += self._after_step(last, stop)
             if stop and not last:
                 raise PreemptedError(f"preempted: saved step {self.step}")
         self._checkpoints.finish()
@@ -295,7 +295,8 @@ class Run:
         with jax.set_mesh(self._mesh):
             return train_step(self.state, batch, self._key, self._frozen, **options)
 
-    def _next_batch(self) -> Any:
+    def _next_batch(self) -> tuple[Any, int]:
+        """Returns a batch on its devices, and how many tokens it holds."""
         try:
             batch = next(self._stream)
         except StopIteration:
@@ -303,32 +304,34 @@ class Run:
                 f"cannot train: the data ended after step {self.step}, expected enough "
                 f"for {self.config.steps}. Leave out data.epochs, or lower steps."
             ) from None
-        mesh = self._mesh
-        if mesh is None:
-            return jax.tree.map(jnp.asarray, batch)
-
-        def place(x: np.ndarray) -> jax.Array:
-            spec = PartitionSpec(("data", "fsdp"), *(None,) * (x.ndim - 1))
-            sharding = NamedSharding(mesh, spec)
-            return jax.make_array_from_process_local_data(sharding, x)
-
-        return jax.tree.map(place, batch)
+        # Counted on the host: a device would answer behind the step that it runs.
+        tokens = _tokens(batch) * jax.process_count()
+        return place(batch, self._mesh), tokens
 
     def _after_step(self, last: bool, stop: bool) -> float:
         """Evaluates, samples and saves where it is time; returns the seconds spent."""
-        begun, config = time.perf_counter(), self.config
+        config = self.config
         evaluation, sample = config.evaluation, config.sample
-        if evaluation and (last or self.step % evaluation.every == 0):
+        self._checkpoints.poll()
+        every = evaluation.every if evaluation else 0
+        is_measured = bool(every) and (last or self.step % every == 0)
+        is_sampled = bool(sample.prompts) and (last or self.step % sample.every == 0)
+        is_saved = last or stop or agreed(self._checkpoints.due(self.step))
+        if not (is_measured or is_sampled or is_saved):
+            return 0.0
+        # The steps under way are still training.
+        jax.block_until_ready(self.state.step)
+        begun = time.perf_counter()
+        if is_measured:
             self._evaluate()
-        if sample.prompts and (last or self.step % sample.every == 0):
+        if is_sampled:
             texts = sample_texts(self.lm, sample)
             if self._lead:
                 self._tell(f"step {self.step}: {texts[0]!r}")
                 for i, text in enumerate(texts):
                     for writer in self._writers:
                         writer.write_text(self.step, f"sample/{i}", text)
-        self._checkpoints.poll()
-        if last or stop or agreed(self._checkpoints.due(self.step)):
+        if is_saved:
             self.save()
         return time.perf_counter() - begun
 
@@ -445,12 +448,12 @@ class Run:
         self._checkpoints.close()
 
 
-def _learned(batch: Any) -> int:
-    """Returns the tokens of a batch that are learned from, padding left out."""
+def _tokens(batch: Any) -> int:
+    """Returns the tokens of a batch of numpy arrays, padding left out."""
     segments = getattr(batch, "segment_BT", None)
     if segments is None:
         return sum(x.size for x in jax.tree.leaves(batch) if x.ndim > 1)
-    return int(jnp.count_nonzero(segments))
+    return int(np.count_nonzero(segments))
 
 
 def gathered(state: Mapping[str, Any]) -> list[Any]:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.checkpoints import Tokenizer
 from jaxllm.core.errors import ConfigError
@@ -14,7 +16,7 @@ from jaxllm.training.data import DataConfig, open_data
 from jaxllm.training.documents import Documents
 from jaxllm.training.trajectories import TrajectoryDataset
 
-__all__ = ["Stream", "TrajectoryData", "open_stream"]
+__all__ = ["Stream", "TrajectoryData", "open_stream", "place"]
 
 
 class Stream(Protocol):
@@ -115,6 +117,26 @@ class TrajectoryStream:
 
     def close(self) -> None:
         """Does nothing."""
+
+
+def place(batch: Any, mesh: Mesh | None) -> Any:
+    """Puts a batch on its devices, rows over the axes that share them.
+
+    Args:
+      batch: numpy arrays with this process's rows first.
+      mesh: None for the default device.
+
+    Returns:
+      The batch of all processes.
+    """
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, batch)
+
+    def put(x: np.ndarray) -> jax.Array:
+        spec = PartitionSpec(("data", "fsdp"), *(None,) * (x.ndim - 1))
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)
+
+    return jax.tree.map(put, batch)
 
 
 def open_stream(

@@ -95,6 +95,7 @@ def test_the_drafters_own_arrays_grow_too(method) -> None:
         assert a.stats == b.stats
 
 
+@pytest.mark.slow
 def test_capacities_are_those_of_the_rungs(monkeypatch) -> None:
     seen = []
 

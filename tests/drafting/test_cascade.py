@@ -37,6 +37,7 @@ def test_a_strict_vertical_drafts_what_its_model_would(temperature) -> None:
         assert passes["target[:2]"] <= 6 * result.stats["target_passes"]
 
 
+@pytest.mark.slow
 def test_a_perfect_inner_drafter_saves_forwards() -> None:
     # A quantized copy of the target reviews, so that the levels count apart.
     level = "target[:2] int8"

@@ -16,6 +16,7 @@ def test_a_silent_first_leaves_everything_to_the_second() -> None:
     assert steps(both) == steps(second)
 
 
+@pytest.mark.slow
 def test_a_first_that_always_speaks_leaves_the_second_alone() -> None:
     both = run(f"fallback:first=({WHOLE}),second=(model:model=target,layers=1)")
     assert [r.stats["draft_passes"]["target[:1]"] for r in both] == [0, 0]

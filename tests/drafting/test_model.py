@@ -34,6 +34,7 @@ def test_length_zero_is_plain_decoding() -> None:
     assert none[0].stats["draft_passes"] == {"target[:2]": 0}
 
 
+@pytest.mark.slow
 def test_drafts_are_those_of_a_model_that_starts_from_the_text() -> None:
     # Were anything stale in its cache it would draft otherwise, and need other steps.
     method, lm = "model:model=target,layers=1,length=3", toy_lm()

@@ -88,6 +88,7 @@ def test_a_row_without_a_match_drafts_nothing() -> None:
 
 @settings(max_examples=60)
 @given(batches)
+@pytest.mark.slow
 def test_the_tree_holds_every_continuation_once(rows) -> None:
     options = {"length": LENGTH, "max_ngram": 4, "min_ngram": 1}
     drafter = PromptLookup(**options, branch=3)

@@ -135,15 +135,16 @@ def damage_metadata(step):
 
 
 DAMAGES = [
-    damage_truncate,
     damage_flip,
     damage_manifest,
-    damage_delete,
-    damage_metadata,
+    *(
+        pytest.param(damage, marks=pytest.mark.slow)
+        for damage in (damage_truncate, damage_delete, damage_metadata)
+    ),
 ]
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_of_a_damaged_checkpoint_the_one_before_is_taken(
     folder, unbroken, tmp_path, damage, capsys
 ) -> None:
@@ -357,3 +358,29 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(folder, tmp_path) -> No
     assert_same_tree(found.params, expected.params)
     assert losses(workdir) == losses(tmp_path / "whole")
     assert os.listdir(workdir)
+
+
+def test_rows_that_a_mesh_cannot_share_are_refused(folder, run_with_devices) -> None:
+    code = f"""
+import dataclasses, pathlib
+from jaxllm.core.errors import ConfigError
+from jaxllm.training import fit
+from tests.training.small_run import small_config
+folder = pathlib.Path({str(folder)!r})
+base = small_config(folder, mesh="data=4")
+few = dataclasses.replace(base.evaluation.data, batch_rows=6)
+wrong = (
+    dataclasses.replace(base, accumulate=4),
+    dataclasses.replace(
+        base, evaluation=dataclasses.replace(base.evaluation, data=few)
+    ),
+)
+for config in wrong:
+    try:
+        fit(config, folder / "refused")
+    except ConfigError as error:
+        print(error)
+"""
+    said = run_with_devices(4, code).splitlines()
+    assert "data.batch_rows is 8, in 4 parts, expected a multiple of 16" in said[0]
+    assert "evaluation.data.batch_rows is 6, in 1 parts" in said[1]

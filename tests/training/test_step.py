@@ -230,5 +230,7 @@ def test_two_processes_do_what_one_does(tmp_path) -> None:
         assert [child.returncode for child in children] == [0] * count, said
         lines = (tmp_path / f"run{count}" / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
-        found.append([x["train/loss"] for x in rows if "train/loss" in x])
+        names = ("train/loss", "eval/loss")
+        found.append([x[n] for n in names for x in rows if n in x])
+        assert len(found[-1]) == 10 + 2
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
