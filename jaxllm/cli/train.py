@@ -82,16 +82,12 @@ def run(values: flags.FlagValues) -> int:
         export,
         fit,
         load_config,
-        load_memory,
     )
 
-    config = load_config(values.config, values.set)
+    config, memory = load_config(values.config, values.set)
     try:
         lm = fit(
-            config,
-            values.workdir,
-            memory=load_memory(values.config),
-            allow=values.allow_config_change,
+            config, values.workdir, memory=memory, allow=values.allow_config_change
         )
     except PreemptedError as stop:
         print(stop, file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ from jaxllm.decoding.protocol import (
     Params,
     Verdict,
 )
-from jaxllm.decoding.resize import as_seen_by
+from jaxllm.decoding.resize import as_seen_by, resize_draft
 from jaxllm.drafting.costs import measure_cost
 from jaxllm.drafting.prompt_lookup import PromptLookup
 from jaxllm.models.freeze import Forward
@@ -332,7 +332,7 @@ class _Width(Drafter):
             root_BM = committed.pending_B[:, None]
             return state, Draft(root_BM, jnp.ones_like(root_BM, bool))
         inner, draft = self.owner.drafter.propose(params, state.inner, committed)
-        cut = jax.tree.map(lambda x: x[:, : self.nodes], draft)
+        cut = resize_draft(draft, self.nodes, self.tree)
         return dataclasses.replace(state, inner=inner), cut
 
     def observe(

@@ -7,7 +7,6 @@ from jaxllm.training.config import (
     SampleConfig,
     TrainConfig,
     load_config,
-    load_memory,
 )
 from jaxllm.training.data import BatchStream, DataConfig, open_data
 from jaxllm.training.documents import Documents, Examples
@@ -41,7 +40,6 @@ __all__ = [
     "gradients",
     "init_state",
     "load_config",
-    "load_memory",
     "make_optimizer",
     "open_data",
     "train_step",

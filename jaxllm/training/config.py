@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from jaxllm.compression import LoraConfig
 from jaxllm.core.configs import apply_overrides
-from jaxllm.core.errors import ConfigError, UserError
+from jaxllm.core.errors import ConfigError
 from jaxllm.models import DecoderConfig
 from jaxllm.training.checkpoints import CheckpointConfig
 from jaxllm.training.data import DataConfig
@@ -22,12 +22,12 @@ from jaxllm.training.streams import TrajectoryData
 
 __all__ = [
     "EvaluationConfig",
+    "Memory",
     "SampleConfig",
     "TrainConfig",
     "describe",
     "differences",
     "load_config",
-    "load_memory",
 ]
 
 FREE = ("log_every", "checkpoint", "sample", "evaluation.every", "tensorboard", "mesh")
@@ -133,12 +133,22 @@ class TrainConfig:
             )
 
 
-def load_config(path: str, overrides: Iterable[str] = ()) -> TrainConfig:
+Memory = Callable[[Any], Mapping[str, Documents]]
+"""From a model's tokenizer to the sources of format `"memory"`, by name."""
+
+
+def load_config(
+    path: str, overrides: Iterable[str] = ()
+) -> tuple[TrainConfig, Memory | None]:
     """Runs a configuration file and applies overrides.
 
     Args:
-      path: A Python file with `get_config() -> TrainConfig`.
+      path: A Python file with `get_config() -> TrainConfig`, and with `get_documents`
+        where the configuration has sources in memory.
       overrides: As `core.configs.apply_overrides` takes them.
+
+    Returns:
+      The configuration, and `get_documents` or None.
 
     Raises:
       ConfigError: The file is absent or returns something else, or an override does
@@ -152,8 +162,6 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> TrainConfig:
         )
     try:
         found = _run(file)
-    except UserError:
-        raise
     except SyntaxError as cause:
         raise ConfigError(
             f"cannot read config: {path}: line {cause.lineno}: {cause.msg}, expected "
@@ -170,7 +178,18 @@ def load_config(path: str, overrides: Iterable[str] = ()) -> TrainConfig:
             f"cannot read config: {path}: get_config() returned "
             f"{type(config).__name__}, expected a TrainConfig. Correct the file."
         )
-    return apply_overrides(config, overrides, {Objective: OBJECTIVES})
+    changed = apply_overrides(config, overrides, {Objective: OBJECTIVES})
+    return changed, found.get("get_documents")
+
+
+def _run(file: Path) -> dict[str, Any]:
+    """Runs a configuration; it may import its neighbours, as any script may."""
+    folder = str(file.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        return runpy.run_path(str(file))
+    finally:
+        sys.path.remove(folder)
 
 
 def describe(config: Any) -> Any:
@@ -206,24 +225,3 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     if old == new:
         return []
     return [f"{path}: {json.dumps(old)[:60]} -> {json.dumps(new)[:60]}"]
-
-
-def load_memory(path: str) -> Callable[[Any], Mapping[str, Documents]] | None:
-    """Returns a configuration file's `get_documents`, or None.
-
-    It makes the sources of format `"memory"` by name, from the model's tokenizer.
-
-    Args:
-      path: As for `load_config`.
-    """
-    return _run(Path(path)).get("get_documents")
-
-
-def _run(file: Path) -> dict[str, Any]:
-    """Runs a configuration; it may import its neighbours, as any script may."""
-    folder = str(file.resolve().parent)
-    sys.path.insert(0, folder)
-    try:
-        return runpy.run_path(str(file))
-    finally:
-        sys.path.remove(folder)

@@ -1,8 +1,6 @@
 """What a run measures of its model on the way: a loss, and text to look at."""
 
 import functools
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,46 +14,34 @@ from jaxllm.drafting import Autoregressive
 from jaxllm.models import Model
 from jaxllm.training.batch import Batch
 from jaxllm.training.config import SampleConfig
-from jaxllm.training.data import DataConfig
-from jaxllm.training.documents import Documents
 from jaxllm.training.objectives import NextToken
-from jaxllm.training.streams import open_stream, place
+from jaxllm.training.streams import Stream, place
 
 __all__ = ["evaluate_loss", "sample_texts"]
 
 
-def evaluate_loss(
-    lm: LanguageModel,
-    data: DataConfig,
-    *,
-    cache: Path,
-    memory: Mapping[str, Documents] | None = None,
-) -> dict[str, float]:
+def evaluate_loss(lm: LanguageModel, stream: Stream) -> dict[str, float]:
     """Returns the next-token loss on a finite stream, whatever the run minimises.
 
     Args:
       lm: The model.
-      data: The stream, with a number of epochs.
-      cache: Folder of token files.
-      memory: As for `open_data`.
+      stream: Read from its position to its end, and then back where it was.
 
     Returns:
       `eval/loss` in nats a token, every token counted alike, and `eval/accuracy`.
     """
-    stream = open_stream(data, lm.tokenizer, cache, memory)
+    begin = stream.get_state()
     total: dict[str, float] = {}
     count = 0.0
-    try:
-        for batch in iter(stream):  # type: ignore[call-overload]
-            with on_mesh(lm):
-                batch = place(batch, lm.mesh)
-                found = _measure(lm.params, batch, model=lm.model)
-            sums, weight = jax.device_get(found)
-            count += float(weight)
-            for name, value in sums.items():
-                total[name] = total.get(name, 0.0) + float(value)
-    finally:
-        stream.close()
+    while (batch := next(stream, None)) is not None:
+        with on_mesh(lm):
+            placed = place(batch, lm.mesh)
+            found = _measure(lm.params, placed, model=lm.model)
+        sums, weight = jax.device_get(found)
+        count += float(weight)
+        for name, value in sums.items():
+            total[name] = total.get(name, 0.0) + float(value)
+    stream.set_state(begin)
     return {f"eval/{name}": value / count for name, value in total.items()}
 
 

@@ -42,10 +42,11 @@ class Interruption:
         self.is_asked = True
 
 
-def agreed(wish: bool) -> bool:
-    """Returns whether any process of the job has a wish; all of them must ask."""
+def agreed(*wishes: bool) -> tuple[bool, ...]:
+    """Returns of each wish whether any process of the job has it; all must ask."""
     if jax.process_count() == 1:
-        return wish
+        return wishes
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.process_allgather(np.asarray(wish)).any())
+    found = multihost_utils.process_allgather(np.asarray(wishes))
+    return tuple(found.any(axis=0).tolist())

@@ -28,14 +28,19 @@ from jaxllm.core.partition import join
 from jaxllm.core.sharding import make_mesh
 from jaxllm.training import metrics as files
 from jaxllm.training.checkpoints import Checkpointer
-from jaxllm.training.config import FREE, TrainConfig, describe, differences
-from jaxllm.training.documents import Documents
+from jaxllm.training.config import (
+    FREE,
+    Memory,
+    TrainConfig,
+    describe,
+    differences,
+)
 from jaxllm.training.evaluation import evaluate_loss, sample_texts
 from jaxllm.training.interruption import Interruption, agreed
 from jaxllm.training.optimizers import make_optimizer, make_schedule
 from jaxllm.training.start import lay_out, start
 from jaxllm.training.step import Frozen, TrainState, init_state, train_step
-from jaxllm.training.streams import open_stream, place
+from jaxllm.training.streams import Stream, open_stream, place
 from jaxllm.training.throughput import flops_per_token, peak_flops
 
 __all__ = ["DivergedError", "Hook", "PreemptedError", "Run", "fit"]
@@ -60,7 +65,7 @@ def fit(
     workdir: str | Path,
     *,
     hooks: Sequence[Hook] = (),
-    memory: Callable[[Any], Mapping[str, Documents]] | None = None,
+    memory: Memory | None = None,
     allow: Sequence[str] = (),
 ) -> LanguageModel:
     """Trains a model, or goes on with the run that a workdir holds.
@@ -120,7 +125,7 @@ class Run:
         workdir: Path,
         *,
         hooks: Sequence[Hook] = (),
-        memory: Callable[[Any], Mapping[str, Documents]] | None = None,
+        memory: Memory | None = None,
         allow: Sequence[str] = (),
     ):
         """Prepares everything, and resumes; arguments as for `fit`."""
@@ -140,7 +145,10 @@ class Run:
         made = memory(begun.lm.tokenizer) if memory else None
         cache = workdir / "data"
         self._stream = open_stream(config.data, begun.lm.tokenizer, cache, made)
-        self._memory = made
+        self._held_back: Stream | None = None
+        if config.evaluation is not None:
+            held_back = config.evaluation.data
+            self._held_back = open_stream(held_back, begun.lm.tokenizer, cache, made)
         self._checkpoints = Checkpointer(
             workdir, config.checkpoint, whole=config.lora is None
         )
@@ -273,9 +281,9 @@ class Run:
                 self._counts.seconds += now - clock
                 self._log(pending, now - clock)
                 pending, clock = [], now
-            stop = agreed(interruption.is_asked)
+            stop, due = agreed(interruption.is_asked, self._checkpoints.due(self.step))
             # What is not training does not slow the reported rate down.
-            clock += self._after_step(last, stop)
+            clock += self._after_step(last, stop or due)
             if stop and not last:
                 raise PreemptedError(f"preempted: saved step {self.step}")
         self._checkpoints.finish()
@@ -308,7 +316,7 @@ class Run:
         tokens = _tokens(batch) * jax.process_count()
         return place(batch, self._mesh), tokens
 
-    def _after_step(self, last: bool, stop: bool) -> float:
+    def _after_step(self, last: bool, is_due: bool) -> float:
         """Evaluates, samples and saves where it is time; returns the seconds spent."""
         config = self.config
         evaluation, sample = config.evaluation, config.sample
@@ -316,14 +324,14 @@ class Run:
         every = evaluation.every if evaluation else 0
         is_measured = bool(every) and (last or self.step % every == 0)
         is_sampled = bool(sample.prompts) and (last or self.step % sample.every == 0)
-        is_saved = last or stop or agreed(self._checkpoints.due(self.step))
+        is_saved = last or is_due
         if not (is_measured or is_sampled or is_saved):
             return 0.0
         # The steps under way are still training.
         jax.block_until_ready(self.state.step)
         begun = time.perf_counter()
-        if is_measured:
-            self._evaluate()
+        if is_measured and self._held_back is not None:
+            self._evaluate(self._held_back)
         if is_sampled:
             texts = sample_texts(self.lm, sample)
             if self._lead:
@@ -352,15 +360,8 @@ class Run:
             write_companions(lm, self.workdir)
         self._write({"time/checkpoint_s": time.perf_counter() - begun})
 
-    def _evaluate(self) -> None:
-        evaluation = self.config.evaluation
-        assert evaluation is not None
-        found = evaluate_loss(
-            self.lm,
-            evaluation.data,
-            cache=self.workdir / "data",
-            memory=self._memory,
-        )
+    def _evaluate(self, held_back: Stream) -> None:
+        found = evaluate_loss(self.lm, held_back)
         self._loss = found["eval/loss"]
         for hook in self._hooks:
             found |= hook(self.step, self.lm)
@@ -441,6 +442,8 @@ class Run:
     def close(self) -> None:
         """Writes what is left and lets go of files and threads."""
         self._stream.close()
+        if self._held_back is not None:
+            self._held_back.close()
         for writer in self._writers:
             writer.close()
         if self._progress:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxllm
-from jaxllm.training import DataConfig, Run, SourceConfig
+from jaxllm.training import DataConfig, Run, SourceConfig, open_data
 from jaxllm.training.evaluation import evaluate_loss
 from tests.training.small_data import SEPARATOR
 from tests.training.small_run import small_config, write_files
@@ -28,7 +28,10 @@ def test_the_loss_is_that_of_all_tokens_alike(tmp_path, rows) -> None:
         epochs=1,
         packing="first_fit",
     )
-    found = evaluate_loss(lm, data, cache=tmp_path / "cache")
+    stream = open_data(data, lm.tokenizer, tmp_path / "cache")
+    found = evaluate_loss(lm, stream)
+    assert evaluate_loss(lm, stream) == found
+    stream.close()
     total, right, count = 0.0, 0, 0
     for text in texts:
         ids = [*lm.tokenizer.encode(text), lm.tokenizer.eos_id]
