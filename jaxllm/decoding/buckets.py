@@ -1,8 +1,17 @@
 """Which shapes are compiled: a few lengths that every prompt is rounded up to."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
-__all__ = ["Shapes", "batch_bucket", "prompt_bucket", "rungs_between", "shapes_for"]
+__all__ = [
+    "Shapes",
+    "batch_bucket",
+    "batches_of",
+    "prompt_bucket",
+    "rungs_between",
+    "shapes_for",
+]
 
 CHUNK = 512
 """Longest piece of a prompt that runs in one pass."""
@@ -54,6 +63,23 @@ def shapes_for(prompt_lengths: list[int], max_new_tokens: int, depth: int) -> Sh
     need = bucket + max_new_tokens + depth
     capacity = -(-need // _ROUND) * _ROUND
     return Shapes(batch_bucket(len(prompt_lengths)), min(bucket, CHUNK), capacity)
+
+
+def batches_of(keys: Sequence[Any], most: int) -> list[list[int]]:
+    """Returns the rows of every batch: equal keys together, keys and rows in order.
+
+    Args:
+      keys: Of each row, such as its bucket; rows of one key share all compiles.
+      most: Rows of a batch.
+    """
+    groups: dict[Any, list[int]] = {}
+    for row, key in enumerate(keys):
+        groups.setdefault(key, []).append(row)
+    return [
+        group[first : first + most]
+        for _, group in sorted(groups.items())
+        for first in range(0, len(group), most)
+    ]
 
 
 def rungs_between(first: int, last: int) -> tuple[int, ...]:

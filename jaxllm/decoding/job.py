@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax
 from jaxllm.checkpoints import LanguageModel
 from jaxllm.core.errors import ConfigError, UserError
 from jaxllm.decoding.bound import BoundDrafter
-from jaxllm.decoding.buckets import prompt_bucket
+from jaxllm.decoding.buckets import batches_of, prompt_bucket
 from jaxllm.decoding.decode import (
     STEPS_PER_CALL,
     Output,
@@ -136,15 +136,10 @@ class Job:
         ids = [encode(lm, p, row) for row, p in enumerate(prompts)]
         return cls(lm, ids, column(max_new_tokens, rows, "max_new_tokens"), stop, seeds)
 
-    def batches(self) -> Iterator[list[int]]:
-        """Yields rows whose prompts share a bucket, so that they share compiles."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for row, prompt in enumerate(self.prompts):
-            key = (prompt_bucket(max(1, len(prompt))), self.max_new_tokens[row])
-            groups.setdefault(key, []).append(row)
-        for _, members in sorted(groups.items()):
-            for first in range(0, len(members), BATCH):
-                yield members[first : first + BATCH]
+    def batches(self) -> list[list[int]]:
+        """Returns batches of rows that share a bucket, so that they share compiles."""
+        buckets = [prompt_bucket(max(1, len(prompt))) for prompt in self.prompts]
+        return batches_of([*zip(buckets, self.max_new_tokens, strict=True)], BATCH)
 
     def request(
         self, batch: list[int], sampler: Any, steps: int = STEPS_PER_CALL

@@ -11,7 +11,7 @@ from jaxllm.checkpoints import LanguageModel
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.registry import build
 from jaxllm.decoding import BoundDrafter, Drafter, Output, Sampler, make_sampler
-from jaxllm.decoding.buckets import prompt_bucket, shapes_for
+from jaxllm.decoding.buckets import batches_of, prompt_bucket, shapes_for
 from jaxllm.decoding.decode import check
 from jaxllm.decoding.job import Job, on_mesh
 from jaxllm.decoding.verify import check_verifier
@@ -150,16 +150,14 @@ class Course:
         job = dataclasses.replace(job, stop=())
         everything = list(range(len(rows)))
         check(lm.model, job.request(everything, settings.sampler(len(rows))))
-        groups: dict[tuple[str, int], list[int]] = {}
-        for index, row in enumerate(rows):
-            bucket = prompt_bucket(len(job.prompts[index]))
-            groups.setdefault((row.category, bucket), []).append(index)
+        keys = [
+            (row.category, prompt_bucket(len(prompt)))
+            for row, prompt in zip(rows, job.prompts, strict=True)
+        ]
         batches = []
-        for (category, _), members in groups.items():
-            for first in range(0, len(members), settings.batch):
-                part = tuple(members[first : first + settings.batch])
-                longest = max(len(job.prompts[i]) for i in part) + new
-                batches.append(Batch(part, category, longest))
+        for part in batches_of(keys, settings.batch):
+            longest = max(len(job.prompts[i]) for i in part) + new
+            batches.append(Batch(tuple(part), rows[part[0]].category, longest))
         return cls(job, settings, tuple(sorted(batches, key=lambda b: b.rows)))
 
     def shapes(self, drafter: Drafter) -> dict[Any, Batch]:

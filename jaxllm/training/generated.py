@@ -140,7 +140,7 @@ def write_generated(
         "drafter": repr(drafter),
     }
     keep_origin(path.with_name(f"{path.name}.origin.json"), origin)
-    batches = list(job.batches())
+    batches = job.batches()
     done = _resume(path, [row for batch in batches for row in batch])
     with on_mesh(lm):
         bound = BoundDrafter(lm, Autoregressive() if drafter is None else drafter)

@@ -21,7 +21,7 @@ from jaxllm.checkpoints import LanguageModel
 from jaxllm.checkpoints.files import read_json_object
 from jaxllm.checkpoints.safetensors import read_safetensors, write_safetensors
 from jaxllm.core.errors import CapacityError, CheckpointError, ConfigError
-from jaxllm.decoding.buckets import batch_bucket, prompt_bucket
+from jaxllm.decoding.buckets import batch_bucket, batches_of, prompt_bucket
 from jaxllm.decoding.decode import check_ids
 from jaxllm.decoding.job import on_mesh
 from jaxllm.drafting.trajectory import TrajectorySet, collect_trajectories
@@ -107,7 +107,8 @@ def write_trajectories(
     keep_origin(directory / _ORIGIN, origin)
     for left in directory.glob(".*.tmp"):
         left.unlink(missing_ok=True)  # What a kill left in the middle of a write.
-    batches = _batches(prompts, config.rows)
+    buckets = [prompt_bucket(len(prompt)) for prompt in prompts]
+    batches = batches_of(buckets, config.rows)
     for index, batch in enumerate(batches):
         path = directory / _SHARD.format(index, len(batches))
         if not path.exists():
@@ -134,18 +135,6 @@ def _check_prompts(
                 f"positions less {new} new tokens). Correct it or lower max_new."
             )
         check_ids(prompt, lm.config.vocabulary, row)
-
-
-def _batches(prompts: Sequence[Sequence[int]], rows: int) -> list[list[int]]:
-    """Returns the prompts of every batch: those of one shape together, in order."""
-    groups: dict[int, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        groups.setdefault(prompt_bucket(max(1, len(prompt))), []).append(row)
-    return [
-        group[first : first + rows]
-        for _, group in sorted(groups.items())
-        for first in range(0, len(group), rows)
-    ]
 
 
 def _write_shard(

@@ -20,6 +20,7 @@ from jaxllm.models import Model
 from jaxllm.training.batch import Batch
 from jaxllm.training.objectives.objective import Objective
 from jaxllm.training.objectives.readout import (
+    at_labels,
     check_chunk,
     next_tokens,
     residual_stream,
@@ -202,8 +203,7 @@ class Distillation(Objective):
         for kind in self.loss_kinds:
             match kind:
                 case "next_token":
-                    at_label = jnp.arange(log_p.shape[-1]) == label_BT[..., None]
-                    found[kind] = -jnp.where(at_label, log_p, 0.0).sum(axis=-1)
+                    found[kind] = -at_labels(log_p, label_BT)
                 case "forward_kl":
                     found[kind] = forward_kl(log_p, log_q)
                 case "reverse_kl":

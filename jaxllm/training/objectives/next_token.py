@@ -15,6 +15,7 @@ from jaxllm.models import Model
 from jaxllm.training.batch import Batch
 from jaxllm.training.objectives.objective import Objective
 from jaxllm.training.objectives.readout import (
+    at_labels,
     check_chunk,
     next_tokens,
     residual_stream,
@@ -119,11 +120,7 @@ def cross_entropy(
         x_BTD, label_BT, weight_BT = part
         logits_BTV = model.unembed(params, x_BTD)
         log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-        # A sum over a mask, not a gather: its gradient is no scatter, and the
-        # vocabulary may be sharded.
-        index_V = jnp.arange(logits_BTV.shape[-1])
-        at_label = index_V == label_BT[..., None]
-        label_logit_BT = jnp.where(at_label, logits_BTV, 0.0).sum(axis=-1)
+        label_logit_BT = at_labels(logits_BTV, label_BT)
         nll_BT = log_z_BT - label_logit_BT
         loss_BT = nll_BT
         if label_smoothing:

@@ -18,7 +18,14 @@ from jaxllm.core.errors import ConfigError
 from jaxllm.models import Context, Model
 from jaxllm.training.batch import Batch
 
-__all__ = ["check_chunk", "next_tokens", "residual_stream", "stretch", "sum_over_time"]
+__all__ = [
+    "at_labels",
+    "check_chunk",
+    "next_tokens",
+    "residual_stream",
+    "stretch",
+    "sum_over_time",
+]
 
 # Logits of one row that may exist at a time: 16 MiB.
 _ROW_LOGITS = 2**22
@@ -44,6 +51,16 @@ def next_tokens(batch: Batch) -> tuple[Array, Array]:
         jnp.roll(batch.tokens_BT, -1, axis=1),
         jnp.roll(weight_BT, -1, axis=1).astype(jnp.float32),
     )
+
+
+def at_labels(x_BTV: Array, label_BT: Array) -> Array:
+    """Returns every slot's value at its label, `[B, T]`.
+
+    A sum over a mask, not a gather: its gradient is no scatter, and the vocabulary may
+    be sharded.
+    """
+    mask_BTV = jnp.arange(x_BTV.shape[-1]) == label_BT[..., None]
+    return jnp.where(mask_BTV, x_BTV, 0.0).sum(axis=-1)
 
 
 def check_chunk(chunk: int | None, name: str) -> None:
