@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.rng import row_keys
 from jaxllm.decoding import choose, make_sampler, warp
-from jaxllm.decoding.sampling import best
+from jaxllm.decoding.sampling import best, largest
 
 
 def warp_reference(logits, temperature, top_k, top_p, min_p) -> np.ndarray:
@@ -136,6 +136,20 @@ def test_values_out_of_range_are_refused(name, value, rule) -> None:
     assert str(caught.value) == (
         f"cannot sample: {name} is {value}, expected {rule}. Correct --{name}."
     )
+
+
+@pytest.mark.parametrize("count", [8, 128, 1000, 1024])
+@pytest.mark.parametrize("width", [1, 3, 8])
+def test_the_largest_scores_are_those_of_a_sort(count: int, width: int) -> None:
+    rng = np.random.default_rng(count + width)
+    scores = rng.integers(-9, 10, (4, 3, count)).astype(np.float32)  # ties everywhere
+    scores[0] = rng.normal(size=(3, count))
+    scores[1, 0] = -np.inf
+    scores[1, 1, :-1] = -np.inf  # the one that is left stands in the last block
+    top, index = largest(jnp.asarray(scores), width)
+    expected = np.argsort(-scores, axis=-1, kind="stable")[..., :width]
+    np.testing.assert_array_equal(index, expected)
+    np.testing.assert_array_equal(top, np.take_along_axis(scores, expected, axis=-1))
 
 
 def test_the_best_score_is_that_of_argmax() -> None:
