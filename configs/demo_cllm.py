@@ -3,14 +3,24 @@
     python -m experiments.write_trajectories --model=runs/demo/model
     jaxllm train --config configs/demo_cllm.py --workdir runs/demo-cllm --export
 
+and the control, as many steps of plain fine-tuning on the same texts:
+
+    jaxllm train --config configs/demo_cllm.py --workdir runs/demo-control --export \\
+        --set objective.weight=0
+
+`sample/tokens_per_pass` in the metrics is that of Jacobi decoding on held-back tasks.
+
 Source: CLLMs (arXiv 2403.00835). The plain loss stands on the prompts and positions of
 the trajectories; elsewhere it would not keep what is decoded behind a prompt.
 """
 
 import family
 
-from jaxllm.training import TrainConfig, TrajectoryData
+from jaxllm.training import SampleConfig, TrainConfig, TrajectoryData
 from jaxllm.training.objectives import Consistency
+from jaxllm.training.synthetic import TASKS, held_back
+
+QUESTIONS = tuple(e.prompt for task in TASKS for e in held_back(task, 4, seed=13))
 
 
 def get_config() -> TrainConfig:
@@ -22,6 +32,11 @@ def get_config() -> TrainConfig:
         objective=Consistency(ar_weight=5.0, positions=4),
         optimizer=family.optimizer(rate=5e-4),
         evaluation=family.evaluation(every=100),
-        sample=family.SAMPLE,
+        sample=SampleConfig(
+            prompts=QUESTIONS,
+            every=50,
+            max_new_tokens=64,
+            decode="jacobi:window=16,mode=block",
+        ),
         checkpoint=family.CHECKPOINT,
     )

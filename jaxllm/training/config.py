@@ -12,6 +12,9 @@ from typing import Any, Literal
 from jaxllm.compression import LoraConfig
 from jaxllm.core.configs import apply_overrides
 from jaxllm.core.errors import ConfigError
+from jaxllm.core.registry import build
+from jaxllm.decoding import Drafter
+from jaxllm.drafting import METHODS
 from jaxllm.models import DecoderConfig
 from jaxllm.training.checkpoints import CheckpointConfig
 from jaxllm.training.data import DataConfig
@@ -49,19 +52,24 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Text of the model, to look at.
+    """Text of the model, to look at, and how many tokens of it a pass gave.
 
     Attributes:
       prompts: Their beginnings.
       every: Steps between two samples.
       max_new_tokens: Of each.
       temperature: 0 is greedy.
+      decode: The method that writes it, as for `jaxllm.generate`.
     """
 
     prompts: tuple[str, ...] = ()
     every: int = 500
     max_new_tokens: int = 48
     temperature: float = 0.0
+    decode: str = "autoregressive"
+
+    def __post_init__(self) -> None:
+        build(self.decode, METHODS, {Drafter: METHODS})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxllm.checkpoints import LanguageModel
-from jaxllm.decoding import BoundDrafter, make_sampler
+from jaxllm.core.registry import build
+from jaxllm.decoding import BoundDrafter, Drafter, make_sampler
 from jaxllm.decoding.job import Job, on_mesh
-from jaxllm.drafting import Autoregressive
+from jaxllm.drafting import METHODS
 from jaxllm.models import Model
 from jaxllm.training.batch import Batch
 from jaxllm.training.config import SampleConfig
@@ -55,15 +56,27 @@ def _measure(params: Any, batch: Batch, *, model: Model) -> tuple[Any, Array]:
     return {"loss": loss, "accuracy": metrics["accuracy"]}, weight
 
 
-def sample_texts(lm: LanguageModel, config: SampleConfig) -> list[str]:
-    """Returns the prompts with what the model makes of them, at any seed the same."""
+def sample_texts(
+    lm: LanguageModel, config: SampleConfig
+) -> tuple[list[str], dict[str, float]]:
+    """Lets a model write, at any seed the same.
+
+    Returns:
+      The prompts with what the model makes of them; and `sample/tokens_per_pass`, of
+      all of them together.
+    """
     rows = len(config.prompts)
     job = Job.make(lm, list(config.prompts), config.max_new_tokens, (), 0)
-    bound = BoundDrafter(lm, Autoregressive())
+    with on_mesh(lm):
+        drafter: Drafter = build(config.decode, METHODS, {Drafter: METHODS})
+        bound = BoundDrafter(lm, drafter)
     texts = [""] * rows
+    emitted = passes = 0
     for batch in job.batches():
         sampler = make_sampler(len(batch), temperature=config.temperature)
         outputs, readers = job.run(bound, batch, sampler)
         for row, output, reader in zip(batch, outputs, readers, strict=True):
             texts[row] = config.prompts[row] + job.result(output, reader, 0.0).text
-    return texts
+            emitted += output.stats["emitted"]
+            passes += output.stats["target_passes"]
+    return texts, {"sample/tokens_per_pass": emitted / max(passes, 1)}

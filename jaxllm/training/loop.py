@@ -333,7 +333,8 @@ class Run:
         if is_measured and self._held_back is not None:
             self._evaluate(self._held_back)
         if is_sampled:
-            texts = sample_texts(self.lm, sample)
+            texts, figures = sample_texts(self.lm, sample)
+            self._write(figures)
             if self._lead:
                 self._tell(f"step {self.step}: {texts[0]!r}")
                 for i, text in enumerate(texts):

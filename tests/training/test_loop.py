@@ -242,11 +242,22 @@ def test_an_adapter_learns_and_the_model_below_stays(
 
 
 def test_text_to_look_at_is_written(folder, tmp_path, capsys) -> None:
-    sample = SampleConfig(prompts=("the", "a red"), every=2, max_new_tokens=3)
+    sample = SampleConfig(
+        prompts=("the", "a red"),
+        every=2,
+        max_new_tokens=3,
+        decode="jacobi:window=4",
+    )
     fit(small_config(folder, sample=sample, steps=2), tmp_path / "run")
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     texts = [x for x in lines if "sample/1" in x]
     assert len(texts) == 1 and texts[0]["sample/1"].startswith("a red")
+    figures = [
+        x["sample/tokens_per_pass"]
+        for x in lines
+        if "sample/1" not in x and "sample/tokens_per_pass" in x
+    ]
+    assert len(figures) == 1 and 1 <= figures[0] <= 3
     assert "step 2: 'the" in capsys.readouterr().err
 
 

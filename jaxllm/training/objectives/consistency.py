@@ -68,6 +68,8 @@ class Consistency(Objective):
 
     Attributes:
       goal: `fixed` (global consistency) or `next`, the iterate after (local).
+      weight: Of the consistency term. 0 leaves plain fine-tuning on the same texts: the
+        control that says how much of a gain is consistency's.
       ar_weight: Weight of the plain loss on prompt, answer so far and fixed point.
       positions: Logit positions behind the first mismatch that count; all of the block
         when None. Far ones are nearly unpredictable at first: `reach_B` phases them in.
@@ -86,6 +88,7 @@ class Consistency(Objective):
     """
 
     goal: Literal["fixed", "next"] = "fixed"
+    weight: float = 1.0
     ar_weight: float = 5.0
     positions: int | None = 4
     label_smoothing: float = 0.0
@@ -95,11 +98,12 @@ class Consistency(Objective):
     def __post_init__(self) -> None:
         check_smoothing(self.label_smoothing, "consistency")
         check_chunk(self.chunk, "consistency")
-        if self.ar_weight < 0:
-            raise ConfigError(
-                f"cannot train: consistency.ar_weight is {self.ar_weight}, expected 0 "
-                f"or more. Correct it."
-            )
+        for name in ("weight", "ar_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"cannot train: consistency.{name} is {getattr(self, name)}, "
+                    f"expected 0 or more. Correct it."
+                )
         if self.positions is not None and self.positions < 1:
             raise ConfigError(
                 f"cannot train: consistency.positions is {self.positions}, expected 1 "
@@ -150,7 +154,10 @@ class Consistency(Objective):
             label_smoothing=self.label_smoothing,
             chunk=self.chunk,
         )
-        total = sums["consistency"] + self.ar_weight * plain["loss"] / weights["ar"]
+        total = (
+            self.weight * sums["consistency"]
+            + self.ar_weight * plain["loss"] / weights["ar"]
+        )
         metrics = {**sums, "ar": plain["nll"] / weights["ar"]}
         return total, jax.lax.stop_gradient(metrics)
 

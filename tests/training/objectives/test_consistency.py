@@ -185,6 +185,11 @@ def test_the_plain_loss_is_that_of_the_same_texts_at_the_same_positions() -> Non
     np.testing.assert_allclose(value, 2 * expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["ar"], plain["nll"], rtol=1e-5)
     assert distance(found, jax.tree.map(lambda x: 2 * x, wanted)) < 1e-5
+    # And nothing but that with a weight of 0, wherever the iterate is wrong.
+    control = dataclasses.replace(objective, weight=0.0)
+    found, value, _ = gradient_of(control, batch)
+    np.testing.assert_allclose(value, 2 * expected, rtol=1e-5)
+    assert distance(found, jax.tree.map(lambda x: 2 * x, wanted)) < 1e-5
 
 
 def test_agreement_counts_equal_choices() -> None:

@@ -140,6 +140,7 @@ def test_objectives_are_built_from_text() -> None:
         (lambda: NextToken(chunk=0), "next_token.chunk is 0"),
         (lambda: Consistency(positions=0), "positions is 0"),
         (lambda: Consistency(ar_weight=-1.0), "ar_weight is -1.0"),
+        (lambda: Consistency(weight=-1.0), "weight is -1.0"),
         (lambda: Distillation(teacher="x", samples=0), "samples is 0"),
         (lambda: Distillation(teacher="x", shares=(1.0, 2.0)), "has 2 numbers"),
         (lambda: Distillation(teacher="x", loss_kinds=()), "expected different"),
