@@ -18,7 +18,7 @@ from jax import Array
 from jaxllm.attention.cache import Cache
 from jaxllm.core.pytree import pytree_dataclass
 from jaxllm.decoding.constraints import constrain, follow
-from jaxllm.decoding.feed import feed
+from jaxllm.decoding.feed import Feeder
 from jaxllm.decoding.penalties import penalize
 from jaxllm.decoding.protocol import (
     Committed,
@@ -141,16 +141,15 @@ def prefill(
         hidden, collected = kept
         return place(hidden, x_BCD), {n: place(collected[n], aux[n]) for n in collected}
 
-    cache, (hidden, aux) = feed(
-        model,
+    feeder = Feeder(
+        model=model, chunk=chunk, rope_length=rope_length or slots, collect=collect
+    )
+    cache, (hidden, aux) = feeder.run(
         target,
         committed.tokens_BS,
         cache,
         count_B,
-        chunk=chunk,
-        rope_length=rope_length or slots,
         empty=True,
-        collect=collect,
         keep=keep,
         kept=(zeros, {name: zeros for name in collect}),
     )

@@ -20,7 +20,7 @@ from jaxllm.checkpoints import LanguageModel, load_language_model
 from jaxllm.core import registry
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.pytree import pytree_dataclass
-from jaxllm.decoding.feed import after, feed, feed_chunk
+from jaxllm.decoding.feed import Feeder, after
 from jaxllm.decoding.protocol import Committed, Counts, Drafter, Params
 from jaxllm.models.freeze import Context, Forward, Model
 from jaxllm.quantization import METHODS as QUANTIZERS
@@ -81,15 +81,11 @@ class DraftNet:
         if self.layers is not None:
             stacks = first_layers(stacks, self.layers)
         cache = self.model.init_cache({"stacks": stacks}, rows, slots)
-        cache, _ = feed(
-            self.model,
+        cache, _ = self._feeder(min(_PROMPT_CHUNK, slots), slots).run(
             weights,
             self._clip(committed.tokens_BS),
             cache,
             jnp.maximum(committed.length_B - 1, 0),
-            chunk=min(_PROMPT_CHUNK, slots),
-            rope_length=slots,
-            stop=self.layers,
             empty=True,
         )
         return NetState(cache, committed.tokens_BS, jnp.zeros((rows, 2), jnp.int32))
@@ -108,15 +104,8 @@ class DraftNet:
         cache = state.cache.crop(jnp.minimum(good_B, length_B - 1))
         upto_B = jnp.maximum(length_B - ahead, cache.length_B)
         missing_B = upto_B - cache.length_B
-        grown, _ = feed(
-            self.model,
-            self.weights(params),
-            self._clip(committed.tokens_BS),
-            cache,
-            upto_B,
-            chunk=_CATCH_UP_CHUNK,
-            rope_length=slots,
-            stop=self.layers,
+        grown, _ = self._feeder(_CATCH_UP_CHUNK, slots).run(
+            self.weights(params), self._clip(committed.tokens_BS), cache, upto_B
         )
         passes = jnp.max(-(-missing_B // _CATCH_UP_CHUNK))
         count_B2 = state.count_B2 + _count(passes, missing_B)
@@ -139,15 +128,11 @@ class DraftNet:
         state = self.keep_up(params, state, committed, chunk)
         weights = self.weights(params)
         start_B = state.cache.length_B
-        cache, x_BCD, _ = feed_chunk(
-            self.model,
+        cache, x_BCD, _ = self._feeder(chunk, committed.tokens_BS.shape[1]).step(
             weights,
             self._clip(committed.tokens_BS),
             state.cache,
             committed.length_B,
-            chunk=chunk,
-            rope_length=committed.tokens_BS.shape[1],
-            stop=self.layers,
         )
         last_B = jnp.clip(committed.length_B - 1 - start_B, 0, chunk - 1)
         x_B1D = jnp.take_along_axis(x_BCD, last_B[:, None, None], axis=1)
@@ -203,6 +188,11 @@ class DraftNet:
     def counts(self, state: NetState) -> Counts:
         """Returns the forwards and tokens so far, under the model's name."""
         return {self.name: state.count_B2}
+
+    def _feeder(self, chunk: int, slots: int) -> Feeder:
+        return Feeder(
+            model=self.model, chunk=chunk, rope_length=slots, stop=self.layers
+        )
 
     def _clip(self, tokens: Array) -> Array:
         return jnp.minimum(tokens, self.model.config.vocabulary - 1)

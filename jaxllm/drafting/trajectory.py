@@ -19,7 +19,7 @@ from jaxllm.core.errors import ConfigError
 from jaxllm.core.pytree import pytree_dataclass
 from jaxllm.decoding.buckets import shapes_for
 from jaxllm.decoding.decode import check_ids
-from jaxllm.decoding.feed import feed
+from jaxllm.decoding.feed import Feeder
 from jaxllm.decoding.protocol import Committed
 from jaxllm.decoding.sampling import best
 from jaxllm.drafting.jacobi import context_fillers
@@ -171,15 +171,9 @@ def _collect(
 ) -> TrajectorySet:
     rows, slots = committed.tokens_BS.shape
     empty: Any = model.init_cache(params, rows, slots)
-    cache, _ = feed(
-        model,
-        params,
-        committed.tokens_BS,
-        empty,
-        committed.length_B - 1,
-        chunk=chunk,
-        rope_length=slots,
-        empty=True,
+    feeder = Feeder(model=model, chunk=chunk, rope_length=slots)
+    cache, _ = feeder.run(
+        params, committed.tokens_BS, empty, committed.length_B - 1, empty=True
     )
 
     def block(carry: Any, _: Any) -> Any:

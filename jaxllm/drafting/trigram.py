@@ -5,6 +5,7 @@ candidates of a context, N updates of a step, V vocabulary.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -243,7 +244,6 @@ def adapt(
     Source: Adaptive Draft-Verification (arXiv 2407.12021), the adaptive update.
     """
     total_N = jax.nn.logsumexp(logits_NV, axis=-1)
-    most_N = logits_NV.max(axis=-1)
     V, top_N = logits_NV.shape[-1], best(logits_NV)
     valid_N &= jnp.isfinite(total_N)
     slot_N = jnp.where(
@@ -253,19 +253,8 @@ def adapt(
     turns = _turns(slot_N, table.slots), _turns(row_N, V)
     last = jnp.maximum(turns[0].max(), turns[1].max())
 
-    def blend(next_NR: Array, prob_NR: Array) -> tuple[Array, Array]:
-        listed_NR = next_NR >= 0
-        logit_NR = jnp.take_along_axis(logits_NV, next_NR, axis=1, mode="clip")
-        p_NR = jnp.exp(logit_NR - total_N[:, None])
-        prob_NR = jnp.where(listed_NR, (1 - eta) * prob_NR + eta * p_NR, 0.0)
-        least_N1 = jnp.argmin(jnp.where(listed_NR, prob_NR, -1.0), axis=1)[:, None]
-        absent_N1 = (next_NR != top_N[:, None]).all(axis=1)[:, None]
-        new_NR = absent_N1 & (jnp.arange(next_NR.shape[1]) == least_N1)
-        p_top_N1 = jnp.exp(most_N - total_N)[:, None]
-        return (
-            jnp.where(new_NR, top_N[:, None], next_NR),
-            jnp.where(new_NR, eta * p_top_N1, prob_NR),
-        )
+    p_top_N = jnp.exp(logits_NV.max(axis=-1) - total_N)
+    blend = functools.partial(_blend, logits_NV, total_N, (top_N, p_top_N), eta)
 
     def turn(carry: Any) -> Any:
         """Does the updates that have as many before them in their slot."""
@@ -295,6 +284,38 @@ def adapt(
 
     carry = (jnp.int32(0), table)
     return jax.lax.while_loop(lambda carry: carry[0] <= last, turn, carry)[1]
+
+
+def _blend(
+    logits_NV: Array,
+    total_N: Array,
+    top: tuple[Array, Array],
+    eta: float,
+    next_NR: Array,
+    prob_NR: Array,
+) -> tuple[Array, Array]:
+    """Returns candidates and probabilities after an update of each.
+
+    Args:
+      logits_NV: float32 logits of the target.
+      total_N: Their log-sum-exp.
+      top: Its likeliest tokens and their probabilities, `[N]`.
+      eta: As for `adapt`.
+      next_NR: The candidates, -1 where there is none.
+      prob_NR: Their probabilities.
+    """
+    top_N1, p_top_N1 = (x[:, None] for x in top)
+    listed_NR = next_NR >= 0
+    logit_NR = jnp.take_along_axis(logits_NV, next_NR, axis=1, mode="clip")
+    p_NR = jnp.exp(logit_NR - total_N[:, None])
+    prob_NR = jnp.where(listed_NR, (1 - eta) * prob_NR + eta * p_NR, 0.0)
+    least_N1 = jnp.argmin(jnp.where(listed_NR, prob_NR, -1.0), axis=1)[:, None]
+    absent_N1 = (next_NR != top_N1).all(axis=1)[:, None]
+    new_NR = absent_N1 & (jnp.arange(next_NR.shape[1]) == least_N1)
+    return (
+        jnp.where(new_NR, top_N1, next_NR),
+        jnp.where(new_NR, eta * p_top_N1, prob_NR),
+    )
 
 
 def _turns(slot_N: Array, none: int) -> Array:
