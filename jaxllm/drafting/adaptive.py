@@ -23,7 +23,7 @@ from jaxllm.decoding.protocol import (
     Verdict,
 )
 from jaxllm.decoding.resize import as_seen_by, resize_draft
-from jaxllm.drafting.costs import measure_cost
+from jaxllm.drafting.costs import measure_variants
 from jaxllm.drafting.prompt_lookup import PromptLookup
 from jaxllm.models.freeze import Forward
 
@@ -71,7 +71,9 @@ class Adaptive(Drafter):
       widths: Nodes to choose from, ascending from 1.
       costs: Cost of a target pass at each width, in passes at width 1; a table for the
         platform when empty.
-      measure: Measures the costs when bound, in some seconds.
+      measure: Measures what whole steps cost when bound, the drafter's part included,
+        in some seconds; worth it where neither table nor estimate fits, as for models
+        of a few million parameters.
       draft_cost: Cost of a proposal of the inner drafter, in the same unit; what the
         drafter itself says when None.
       patience: Steps over which acceptance is averaged.
@@ -179,9 +181,13 @@ class Adaptive(Drafter):
             own = {"target": lm.params, "drafter": params}
             bound = dataclasses.replace(bound, draft_cost=inner.cost(own))
         if self.measure:
-            table = measure_cost(lm, self.widths)
-            costs = tuple(table[width] for width in self.widths)
-            bound = dataclasses.replace(bound, costs=costs, measure=False)
+            bound = dataclasses.replace(
+                bound,
+                widths=tuple(v.nodes for v in bound.variants),
+                costs=tuple(measure_variants(lm, bound, params)),
+                measure=False,
+                draft_cost=0.0,
+            )
         return bound, params
 
     def init(

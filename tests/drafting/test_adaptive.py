@@ -11,6 +11,7 @@ from jaxllm.decoding import Drafter, Verdict, decode_chunks, drain
 from jaxllm.drafting import METHODS, Autoregressive, Jacobi
 from jaxllm.drafting.adaptive import Adaptive, AdaptiveState
 from jaxllm.drafting.costs import measure_cost
+from jaxllm.drafting.prompt_lookup import PromptLookup
 from tests.contracts.test_lossless import toy_lm
 from tests.decoding.test_engine import (
     assert_equals_reference,
@@ -222,8 +223,11 @@ def test_costs_come_from_the_table_the_options_or_the_clock() -> None:
     assert found == pytest.approx([1.0, 1.59, 1.76])
     found = Adaptive(**given, costs=(1, 2, 6)).costs_W()
     assert found == pytest.approx([1.0, 2.05, 2 + 4 / 3 + 0.05])
-    bound, _ = Adaptive(drafter=inner, widths=(1, 2), measure=True).bind(toy_lm())
-    assert len(bound.costs) == 2 and bound.costs[0] == 1.0 and not bound.measure
+    drafter = Adaptive(drafter=PromptLookup(length=3), measure=True, draft_cost=9.0)
+    bound, _ = drafter.bind(toy_lm())
+    assert bound.widths == (1, 4) and not bound.measure
+    # Whole steps were timed: the cost of drafting is in them.
+    assert bound.costs_W() == list(bound.costs) and bound.costs[0] == 1.0
 
 
 def test_measured_costs_are_medians_of_turns() -> None:
