@@ -53,9 +53,9 @@ def text(name: str, weight: float = 1.0) -> SourceConfig:
 
 
 def data(rows: int, length: int = 512, seed: int = 0) -> DataConfig:
-    tasks = SourceConfig(path="tasks", weight=0.4, format="memory")
+    tasks = SourceConfig(path="tasks", weight=0.65, format="memory")
     return DataConfig(
-        sources=(text("stories", 0.4), text("python", 0.2), tasks),
+        sources=(text("stories", 0.25), text("python", 0.1), tasks),
         row_length=length,
         batch_rows=rows,
         seed=seed,
