@@ -18,9 +18,9 @@ import family
 
 from jaxllm.training import SampleConfig, TrainConfig, TrajectoryData
 from jaxllm.training.objectives import Consistency
-from jaxllm.training.synthetic import TASKS, held_back
+from jaxllm.training.synthetic import TASKS, prompt_rows
 
-QUESTIONS = tuple(e.prompt for task in TASKS for e in held_back(task, 4, seed=13))
+QUESTIONS = tuple(row["prompt"] for row in prompt_rows(tuple(TASKS), 4, seed=13))
 
 
 def get_config() -> TrainConfig:

@@ -18,9 +18,11 @@ import jaxllm
 from jaxllm.decoding import BoundDrafter
 from jaxllm.drafting.draft_net import DraftNet
 from jaxllm.evaluation import default_prompts
+from jaxllm.training.generated import prompts_from_texts
+from jaxllm.training.synthetic import END_OF_TEXT
 from jaxllm.version import __version__
 
-__all__ = ["Setting", "measure", "story_prompts", "write_report"]
+__all__ = ["Setting", "measure", "story_beginnings", "story_prompts", "write_report"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,16 @@ class Setting:
 def story_prompts() -> list[str]:
     """Returns the texts of the prompts that ship with the package."""
     return [row.prompt for row in default_prompts().rows]
+
+
+def story_beginnings(
+    lm: jaxllm.LanguageModel, file: Path, count: int, seed: int
+) -> list[list[int]]:
+    """Beginnings of the first stories of a file; it is not opened for none."""
+    if not count:
+        return []
+    texts = file.read_text(encoding="utf-8").split(f"\n{END_OF_TEXT}\n")[:count]
+    return prompts_from_texts(lm, texts, longest=48, seed=seed)
 
 
 def size(params: Any) -> int:

@@ -20,9 +20,8 @@ import numpy as np
 from absl import app, flags
 
 import jaxllm
-from experiments.counted_cost import write_report
-from jaxllm.training.generated import prompts_from_texts
-from jaxllm.training.synthetic import END_OF_TEXT, TASKS, held_back
+from experiments.counted_cost import story_beginnings, write_report
+from jaxllm.training.synthetic import TASKS, prompt_rows
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("target", "demo", "Directory or name.")
@@ -39,13 +38,10 @@ flags.DEFINE_string("output", None, "Where the rows go, as JSON.")
 
 def held_back_prompts(lm: jaxllm.LanguageModel) -> list[list[int]]:
     """Prompts that no training of the family has seen: tasks, then stories."""
-    examples = [e for t in TASKS for e in held_back(t, FLAGS.examples, seed=11)]
-    found = [lm.tokenizer.encode(example.prompt) for example in examples]
-    if FLAGS.stories:
-        file = pathlib.Path(FLAGS.family) / "stories_valid.txt"
-        texts = file.read_text(encoding="utf-8").split(f"\n{END_OF_TEXT}\n")
-        found += prompts_from_texts(lm, texts[: FLAGS.stories], longest=48, seed=11)
-    return found
+    rows = prompt_rows(tuple(TASKS), FLAGS.examples, seed=11)
+    found = [lm.tokenizer.encode(row["prompt"]) for row in rows]
+    file = pathlib.Path(FLAGS.family) / "stories_valid.txt"
+    return [*found, *story_beginnings(lm, file, FLAGS.stories, seed=11)]
 
 
 def counts(

@@ -11,8 +11,8 @@ import pathlib
 from absl import app, flags
 
 import jaxllm
-from jaxllm.training.generated import prompts_from_texts
-from jaxllm.training.synthetic import END_OF_TEXT, mixed_example
+from experiments.counted_cost import story_beginnings
+from jaxllm.training.synthetic import mixed_example
 from jaxllm.training.trajectories import TrajectoryConfig, write_trajectories
 
 FLAGS = flags.FLAGS
@@ -30,9 +30,8 @@ def family_prompts(
     """Prompts of the training split: first the tasks, then the stories."""
     examples = (mixed_example(i, seed) for i in range(tasks))
     found = [lm.tokenizer.encode(example.prompt) for example in examples]
-    text = (pathlib.Path(folder) / "stories.txt").read_text(encoding="utf-8")
-    texts = text.split(f"\n{END_OF_TEXT}\n")[:stories]
-    return [*found, *prompts_from_texts(lm, texts, longest=48, seed=seed)]
+    file = pathlib.Path(folder) / "stories.txt"
+    return [*found, *story_beginnings(lm, file, stories, seed)]
 
 
 def main(argv: list[str]) -> None:

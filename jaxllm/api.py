@@ -21,7 +21,7 @@ from jaxllm.checkpoints import (
     save_language_model,
 )
 from jaxllm.core.errors import UserError
-from jaxllm.core.registry import MethodSpec, build
+from jaxllm.core.registry import MethodSpec
 from jaxllm.core.sharding import make_mesh
 from jaxllm.decoding import (
     BoundDrafter,
@@ -37,7 +37,7 @@ from jaxllm.decoding.constraints import make_constraint, with_room
 from jaxllm.decoding.decode import check_ids
 from jaxllm.decoding.job import BATCH, Job, Prompt, Result, column, encode, on_mesh
 from jaxllm.decoding.stopping import StopText
-from jaxllm.drafting import METHODS
+from jaxllm.drafting import make_drafter
 from jaxllm.models.freeze import Context, Model
 
 __all__ = [
@@ -290,7 +290,7 @@ def bind(lm: LanguageModel, decode: str | MethodSpec | Drafter) -> BoundDrafter:
       What `drafter=` takes. It keeps loaded files, and what an online drafter learns.
     """
     if not isinstance(decode, Drafter):
-        decode = build(decode, METHODS, {Drafter: METHODS})
+        decode = make_drafter(decode)
     with on_mesh(lm):
         return BoundDrafter(lm, decode)
 

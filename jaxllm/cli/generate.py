@@ -154,11 +154,9 @@ def run(values: flags.FlagValues) -> int:
     # jax comes with these, so not before the flags are known to be right.
     from jaxllm import api
     from jaxllm.cli.progress import Meter
-    from jaxllm.core.registry import build
-    from jaxllm.decoding import Drafter
-    from jaxllm.drafting import METHODS
+    from jaxllm.drafting import make_drafter
 
-    method: Drafter = build(values.decode, METHODS, {Drafter: METHODS})
+    method = make_drafter(values.decode)
     lm = _load(values)
     drafter = api.bind(lm, method)
     settings = _settings(lm, drafter, values)

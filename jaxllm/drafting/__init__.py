@@ -1,5 +1,7 @@
 """Drafters, one a file; `METHODS` is what `--decode` names."""
 
+from jaxllm.core.registry import MethodSpec, build
+from jaxllm.decoding.protocol import Drafter
 from jaxllm.drafting.adaptive import Adaptive
 from jaxllm.drafting.autoregressive import Autoregressive
 from jaxllm.drafting.cascade import Horizontal, Vertical
@@ -47,4 +49,15 @@ __all__ = [
     "TreeDrafter",
     "Trigram",
     "Vertical",
+    "make_drafter",
 ]
+
+
+def make_drafter(decode: str | MethodSpec) -> Drafter:
+    """Returns the drafter that a method names, such as `"jacobi:window=16"`.
+
+    Raises:
+      ConfigError: There is no such method, or it has no such option.
+    """
+    drafter: Drafter = build(decode, METHODS, {Drafter: METHODS})
+    return drafter

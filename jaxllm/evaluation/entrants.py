@@ -9,13 +9,12 @@ import jax
 
 from jaxllm.checkpoints import LanguageModel
 from jaxllm.core.errors import ConfigError
-from jaxllm.core.registry import build
 from jaxllm.decoding import BoundDrafter, Drafter, Output, Sampler, make_sampler
 from jaxllm.decoding.buckets import batches_of, prompt_bucket, shapes_for
 from jaxllm.decoding.decode import check
 from jaxllm.decoding.job import Job, on_mesh
 from jaxllm.decoding.verify import check_verifier
-from jaxllm.drafting import METHODS, Autoregressive
+from jaxllm.drafting import Autoregressive, make_drafter
 from jaxllm.evaluation.programs import largest_program, programs
 from jaxllm.evaluation.prompts import PromptRow
 
@@ -97,7 +96,7 @@ def build_methods(methods: Iterable[str]) -> dict[str, Drafter]:
                 f"cannot compare: {text!r}: is there twice, expected once. Leave one "
                 f"out."
             )
-        found[text] = build(text, METHODS, {Drafter: METHODS})
+        found[text] = make_drafter(text)
     if any(isinstance(drafter, Autoregressive) for drafter in found.values()):
         return found
     return {"autoregressive": Autoregressive(), **found}

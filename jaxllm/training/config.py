@@ -12,9 +12,7 @@ from typing import Any, Literal
 from jaxllm.compression import LoraConfig
 from jaxllm.core.configs import apply_overrides
 from jaxllm.core.errors import ConfigError
-from jaxllm.core.registry import build
-from jaxllm.decoding import Drafter
-from jaxllm.drafting import METHODS
+from jaxllm.drafting import make_drafter
 from jaxllm.models import DecoderConfig
 from jaxllm.training.checkpoints import CheckpointConfig
 from jaxllm.training.data import DataConfig
@@ -69,7 +67,7 @@ class SampleConfig:
     decode: str = "autoregressive"
 
     def __post_init__(self) -> None:
-        build(self.decode, METHODS, {Drafter: METHODS})
+        make_drafter(self.decode)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxllm.checkpoints import LanguageModel
-from jaxllm.core.registry import build
-from jaxllm.decoding import BoundDrafter, Drafter, make_sampler
+from jaxllm.decoding import BoundDrafter, make_sampler
 from jaxllm.decoding.job import Job, on_mesh
-from jaxllm.drafting import METHODS
+from jaxllm.drafting import make_drafter
 from jaxllm.models import Model
 from jaxllm.training.batch import Batch
 from jaxllm.training.config import SampleConfig
@@ -68,8 +67,7 @@ def sample_texts(
     rows = len(config.prompts)
     job = Job.make(lm, list(config.prompts), config.max_new_tokens, (), 0)
     with on_mesh(lm):
-        drafter: Drafter = build(config.decode, METHODS, {Drafter: METHODS})
-        bound = BoundDrafter(lm, drafter)
+        bound = BoundDrafter(lm, make_drafter(config.decode))
     texts = [""] * rows
     emitted = passes = 0
     for batch in job.batches():
