@@ -57,6 +57,10 @@ def ancestor(ancestor_BMM: Array) -> Mask:
 def packed(query_BT: Array, key_BS: Array) -> Mask:
     """Returns the causal mask of rows that hold several documents.
 
+    Where there are as many keys as queries, key t is the token of query t and stands
+    before query t + 1 in its document or in another: no query sees a key behind its
+    own slot, and `attend_segment` does not look there.
+
     Args:
       query_BT: int32 document of each query, -1 for padding.
       key_BS: int32 document of each key.

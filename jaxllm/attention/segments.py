@@ -10,10 +10,11 @@ segment, U users of a segment (B, 1, or a number of groups).
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxllm.attention.masks import FULL, GLOBAL_WINDOW, Mask, allowed
+from jaxllm.attention.masks import FULL, GLOBAL_WINDOW, Mask, allowed, packed
 from jaxllm.core.einsum import contract
 from jaxllm.core.pytree import pytree_dataclass
 
@@ -21,6 +22,9 @@ __all__ = ["AttentionOutput", "Segment", "attend", "attend_segment", "merge"]
 
 # Stands for -inf where -inf - -inf would give NaN.
 _LOWEST = -1e30
+# Queries of a packed row that meet their keys together; a row has at most 8 blocks, for
+# each is compiled.
+_BLOCK = 64
 
 
 @pytree_dataclass
@@ -93,6 +97,19 @@ def attend_segment(
     """
     B, T, N, H = q_BTNH.shape
     k, v = segment.k_UKSH, segment.v_UKSH
+    if segment.mask.kind == "packed" and _BLOCK < T == k.shape[2]:
+        blocks = [
+            attend_segment(
+                q_BTNH[:, start:stop],
+                query_position_BT[:, start:stop],
+                _first_keys(segment, start, stop),
+                scale=scale,
+                softcap=softcap,
+                window=window,
+            )
+            for start, stop in _blocks(T)
+        ]
+        return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *blocks)
     position_US, valid_US = _keys(segment)
     if segment.row_B is not None:
         row_B = segment.row_B
@@ -130,6 +147,26 @@ def attend_segment(
     lse = jnp.where(seen, top[..., 0] + jnp.log(safe), -jnp.inf)
     out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
     return AttentionOutput(out, lse.transpose(0, 3, 1, 2).reshape(B, T, N))
+
+
+def _blocks(queries: int) -> list[tuple[int, int]]:
+    """Returns where the blocks of a packed row start and stop."""
+    size = max(_BLOCK, -(-queries // 8))
+    return [(i, min(queries, i + size)) for i in range(0, queries, size)]
+
+
+def _first_keys(segment: Segment, start: int, stop: int) -> Segment:
+    """Returns what the queries `[start, stop)` of packed rows can see."""
+    query_BT, key_BS = segment.mask.arrays
+    position_US, valid_US = _keys(segment)
+    return Segment(
+        k_UKSH=segment.k_UKSH[:, :, :stop],
+        v_UKSH=segment.v_UKSH[:, :, :stop],
+        position_US=position_US[:, :stop],
+        valid_US=valid_US[:, :stop],
+        row_B=segment.row_B,
+        mask=packed(query_BT[:, start:stop], key_BS[:, :stop]),
+    )
 
 
 def _keys(segment: Segment) -> tuple[Array, Array]:

@@ -459,3 +459,48 @@ def test_a_nan_that_a_query_sees_stays_visible(poison):
         assert np.isnan(output.out_BTNH[0]).all()
         assert np.isnan(output.lse_BTN[0]).all()
         assert np.isfinite(output.out_BTNH[1:]).all()
+
+
+# --- Packed rows of several blocks --------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [64, 65, 150, 1030])
+def test_packed_rows_in_blocks_give_the_attention_over_all_keys(tokens):
+    rng = np.random.default_rng(tokens)
+    lengths = rng.integers(1, 1 + tokens // 3, (2, tokens))
+    # Rows end in padding, which no query sees and which sees nothing.
+    document_BT = np.stack([np.repeat(np.arange(tokens), x)[:tokens] for x in lengths])
+    document_BT[:, -7:] = -1
+    position_BT = np.stack(
+        [np.concatenate([np.arange(n) for n in x])[:tokens] for x in lengths]
+    ).astype(np.int32)
+    document_BT = jnp.asarray(document_BT, jnp.int32)
+    q_BTNH = normal(1, 2, tokens, N, H)
+    segment = Segment(
+        k_UKSH=normal(2, 2, 2, tokens, H),
+        v_UKSH=normal(3, 2, 2, tokens, H),
+        position_US=jnp.asarray(position_BT),
+        valid_US=document_BT >= 0,
+        mask=packed(document_BT, document_BT),
+    )
+    output = in_parts(q_BTNH, position_BT, [segment], window=tokens // 4)
+    expected = in_one(q_BTNH, position_BT, [segment], window=tokens // 4)
+    assert_close(output, expected)
+    assert jnp.isneginf(output.lse_BTN[:, -7:]).all()
+
+
+def test_a_block_of_a_packed_row_meets_no_key_behind_it():
+    T, blocks = 1024, 8
+    ids = jnp.zeros((1, T), jnp.int32)
+    segment = Segment(
+        k_UKSH=normal(2, 1, 1, T, H),
+        v_UKSH=normal(3, 1, 1, T, H),
+        mask=packed(ids, ids),
+    )
+    position_BT = jnp.arange(T, dtype=jnp.int32)[None]
+    count = functools.partial(jax.jit(attend_segment), scale=SCALE)
+    cost = jax.jit(count).lower(normal(1, 1, T, 1, H), position_BT, segment)
+    products = 2 * 2 * H * T * T  # of all keys
+    share = (blocks + 1) / (2 * blocks)
+    assert cost.cost_analysis()["flops"] < products
+    assert cost.cost_analysis()["flops"] > products * share
