@@ -333,6 +333,7 @@ def generate(
     presence_penalty: float | Sequence[float] = 0.0,
     verify: str = "match",
     constraint: Constraint | str | None = None,
+    shared_prefix: str = "auto",
 ) -> list[Result]:
     """Generates a continuation of every prompt.
 
@@ -359,6 +360,9 @@ def generate(
       constraint: What the text has to obey: `"regex:PATTERN"`, `"json:SCHEMA"` (inline
         or a file), `"lark:FILE"`, or a constraint made in Python. A row that has no
         end token to stop at stops where nothing may follow.
+      shared_prefix: `"auto"`: what the prompts of a batch have in common is run and
+        kept once, where it is long enough; `"off"`: every row has its own. Tokens are
+        the same up to the rounding of ties.
 
     Returns:
       One result for each prompt, in order.
@@ -366,7 +370,7 @@ def generate(
     Raises:
       UserError: An argument is wrong; the message says what to do.
     """
-    job = Job.make(lm, prompts, max_new_tokens, stop, seed)
+    job = Job.make(lm, prompts, max_new_tokens, stop, seed, shared_prefix)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     options |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
     options["presence_penalty"] = presence_penalty
@@ -413,6 +417,7 @@ def stream(
     sampler = make_sampler(1, **sampling)
     method = {n: options.pop(n) for n in ("decode", "drafter") if n in options}
     constraint = options.pop("constraint", None)
+    options.pop("shared_prefix", None)  # one prompt shares nothing
     settings = {"max_new_tokens": 64, "stop": (), "seed": 0} | options
     if len(settings) > 3:
         unknown = sorted(set(settings) - {"max_new_tokens", "stop", "seed"})[0]

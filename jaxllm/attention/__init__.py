@@ -20,6 +20,7 @@ from jaxllm.attention.segments import (
     attend_segment,
     merge,
 )
+from jaxllm.attention.shared_prefix import PrefixedCache, PrefixLevel, SharedPrefix
 
 __all__ = [
     "CAUSAL",
@@ -30,8 +31,11 @@ __all__ = [
     "DenseCache",
     "Mask",
     "NewKV",
+    "PrefixLevel",
+    "PrefixedCache",
     "RopeConfig",
     "Segment",
+    "SharedPrefix",
     "allowed",
     "ancestor",
     "ancestors_of",

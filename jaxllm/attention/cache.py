@@ -32,6 +32,10 @@ class Cache(Protocol):
     def capacity(self) -> int:
         """Slots of a row."""
 
+    @property
+    def starts_empty(self) -> bool:
+        """Whether a new one holds nothing, so that a first forward need not look."""
+
     def segments(self, stack: int, layer: Array | int) -> tuple[Segment, ...]:
         """Returns what a layer attends to beside its own new keys."""
 
@@ -65,6 +69,11 @@ class DenseCache:
     def capacity(self) -> int:
         """Slots of a row."""
         return self.k[0].shape[3]
+
+    @property
+    def starts_empty(self) -> bool:
+        """True: a new one holds nothing."""
+        return True
 
     @property
     def nbytes(self) -> int:

@@ -45,9 +45,7 @@ def attend_reference(
     logits, visible, values = [], [], []
     for segment in segments:
         users, kv_heads, length, _ = segment.k_UKSH.shape
-        user_B = segment.row_B
-        if user_B is None:
-            user_B = jnp.arange(rows) if users == rows else jnp.zeros(rows, jnp.int32)
+        user_B, reads_B = _users(segment, users, rows)
         group = heads // kv_heads
         k_BNSH = jnp.repeat(segment.k_UKSH[user_B], group, axis=1)
         v_BNSH = jnp.repeat(segment.v_UKSH[user_B], group, axis=1)
@@ -66,6 +64,7 @@ def attend_reference(
         visible_BTS = allowed(segment.mask, query_position_BT, position_BS)
         distance = query_position_BT[:, :, None] - position_BS[:, None, :]
         visible_BTS = visible_BTS & (distance < window) & valid_BS[:, None, :]
+        visible_BTS = visible_BTS & reads_B[:, None, None]
         logits.append(_product("btnh,bnsh->btns", q_BTNH, k_BNSH) * scale)
         visible.append(visible_BTS[:, :, None, :])
         values.append(v_BNSH)
@@ -84,6 +83,17 @@ def attend_reference(
     return AttentionOutput(
         jnp.where(seen[..., None], out_BTNH, 0.0), jnp.where(seen, lse_BTN, -jnp.inf)
     )
+
+
+def _users(segment: Segment, users: int, rows: int) -> tuple[Array, Array]:
+    """Returns the user of every row, and whether it reads any."""
+    if segment.rows_UR is not None:
+        reads_BU = (segment.rows_UR == jnp.arange(rows)[:, None, None]).any(-1)
+        return jnp.argmax(reads_BU, axis=1), reads_BU.any(axis=1)
+    user_B = segment.row_B
+    if user_B is None:
+        user_B = jnp.arange(rows) // (rows // users)
+    return user_B, jnp.ones((rows,), bool)
 
 
 def _product(eq: str, x: Array, y: Array) -> Array:

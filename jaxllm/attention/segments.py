@@ -5,10 +5,12 @@ a partial output and the log-sum-exp of its logits; `merge` joins them exactly, 
 split of the keys into segments gives the same output.
 
 Letters: B rows, T queries, N query heads, K kv heads, G = N/K, H head dim, S keys of a
-segment, U users of a segment (B, 1, or a number of groups).
+segment, U users of a segment (B, 1, or a number of groups), R most rows of a user.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +45,11 @@ class Segment:
       position_US: Position of every key, in place of `start_U`, for keys that do not
         stand in a row (draft nodes, padded rows).
       valid_US: Validity of every key, beside `length_U`.
-      row_B: The user that each row reads. None: row b reads user b, or every row reads
-        the one user.
+      row_B: The user that each row reads. None: every user serves as many rows, one
+        user's behind the other's.
+      rows_UR: In place of `row_B`, the rows that read each user, B where there are
+        fewer; a row that stands nowhere sees nothing. Unlike `row_B` it copies queries,
+        not keys.
       mask: Rule between queries and keys.
     """
 
@@ -55,6 +60,7 @@ class Segment:
     position_US: Array | None = None
     valid_US: Array | None = None
     row_B: Array | None = None
+    rows_UR: Array | None = None
     mask: Mask = FULL
 
 
@@ -95,6 +101,10 @@ def attend_segment(
     Source: Hydragen (arXiv 2402.05099) section 3.1; RelayAttention (arXiv 2402.14808)
       section 3.2.
     """
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
+    if segment.rows_UR is not None:
+        grouped = (q_BTNH, query_position_BT, segment, segment.rows_UR)
+        return _attend_sorted(*grouped, **options)
     B, T, N, H = q_BTNH.shape
     k, v = segment.k_UKSH, segment.v_UKSH
     if segment.mask.kind == "packed" and _BLOCK < T == k.shape[2]:
@@ -103,9 +113,7 @@ def attend_segment(
                 q_BTNH[:, start:stop],
                 query_position_BT[:, start:stop],
                 _first_keys(segment, start, stop),
-                scale=scale,
-                softcap=softcap,
-                window=window,
+                **options,
             )
             for start, stop in _blocks(T)
         ]
@@ -116,6 +124,9 @@ def attend_segment(
         k, v = k[row_B], v[row_B]
         position_US, valid_US = position_US[row_B], valid_US[row_B]
     U, K, S, _ = k.shape
+    if 1 < U < B:
+        position_US = jnp.repeat(position_US, B // U, axis=0)
+        valid_US = jnp.repeat(valid_US, B // U, axis=0)
     visible_BTS = allowed(segment.mask, query_position_BT, position_US)
     if not (isinstance(window, int) and window >= GLOBAL_WINDOW):
         distance = query_position_BT[:, :, None] - position_US[:, None, :]
@@ -147,6 +158,31 @@ def attend_segment(
     lse = jnp.where(seen, top[..., 0] + jnp.log(safe), -jnp.inf)
     out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
     return AttentionOutput(out, lse.transpose(0, 3, 1, 2).reshape(B, T, N))
+
+
+def _attend_sorted(
+    q_BTNH: Array,
+    query_position_BT: Array,
+    segment: Segment,
+    rows_UR: Array,
+    **options: Any,
+) -> AttentionOutput:
+    """Attends with the queries sorted by user, and sorts the outputs back."""
+    rows, slots = q_BTNH.shape[0], rows_UR.size
+    row_G = jnp.minimum(rows_UR.reshape(-1), rows - 1)
+    slot_B = jnp.full((rows,), slots, jnp.int32)
+    slot_B = slot_B.at[rows_UR.reshape(-1)].set(
+        jnp.arange(slots, dtype=jnp.int32), mode="drop"
+    )
+    found = attend_segment(
+        q_BTNH[row_G],
+        query_position_BT[row_G],
+        dataclasses.replace(segment, rows_UR=None),
+        **options,
+    )
+    out = found.out_BTNH.at[slot_B].get(mode="fill", fill_value=0.0)
+    lse = found.lse_BTN.at[slot_B].get(mode="fill", fill_value=-jnp.inf)
+    return AttentionOutput(out, lse)
 
 
 def _blocks(queries: int) -> list[tuple[int, int]]:

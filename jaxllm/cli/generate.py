@@ -95,6 +95,12 @@ FLAGS = (
         low=1,
         integer=True,
     ),
+    Flag(
+        "shared_prefix",
+        "auto",
+        "auto: what prompts have in common is run and kept once; off; or a file whose "
+        "text stands before every prompt (the system message of a conversation)",
+    ),
     Flag("kv_dtype", None, "dtype of cached keys and values (default: chosen)"),
     Number(
         "seed",
@@ -111,6 +117,9 @@ FLAGS = (
     Switch("stats", False, "print totals as JSON to stderr"),
     Choice("truncate", None, "cut this end off a prompt that is too long", ("left",)),
 )
+
+# Words of --shared_prefix; anything else is a file.
+_SHARING = ("auto", "off")
 
 # What the rows of an output depend on; a job with others does not go on with it.
 _DECISIVE = (
@@ -130,6 +139,7 @@ _DECISIVE = (
     "stop",
     "chat",
     "num_samples",
+    "shared_prefix",
     "seed",
     "dtype",
     "kv_dtype",
@@ -234,8 +244,24 @@ def _settings(
         chat=values.chat,
         num_samples=values.num_samples,
         truncate=values.truncate == "left",
+        **_sharing(values),
         **sampling,
     )
+
+
+def _sharing(values: flags.FlagValues) -> dict[str, Any]:
+    """Returns what --shared_prefix says; a file's text comes before every prompt."""
+    if values.shared_prefix in _SHARING:
+        return {"shared_prefix": values.shared_prefix}
+    try:
+        with open(values.shared_prefix, encoding="utf-8") as file:
+            return {"preamble": file.read()}
+    except (OSError, UnicodeDecodeError) as cause:
+        reason = getattr(cause, "strerror", None) or "is no UTF-8 text"
+        raise UsageError(
+            f"cannot read a prefix: {values.shared_prefix}: {reason}, expected auto, "
+            "off or a text file. Correct --shared_prefix."
+        ) from None
 
 
 def _check(values: flags.FlagValues) -> None:
@@ -404,11 +430,16 @@ def _config(values: flags.FlagValues) -> dict[str, Any]:
 
     from jaxllm.cli.output import describe_prompts
 
+    chosen: dict[str, Any] = {name: values[name].value for name in _DECISIVE}
+    preamble = str(values.shared_prefix)
+    if preamble not in _SHARING:
+        about = describe_prompts(preamble)
+        chosen["shared_prefix"] = f"{preamble} (sha256 {about['sha256'][:16]})"
     versions = {"jaxllm": __version__}
     versions |= {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "flax")}
     config: dict[str, Any] = {
         "command": "generate",
-        "flags": {name: values[name].value for name in _DECISIVE},
+        "flags": chosen,
         "versions": versions,
     }
     if values.prompts is not None and os.path.isfile(values.prompts):

@@ -51,6 +51,8 @@ class Settings:
       chat: Whether a prompt is what a user says in a conversation.
       num_samples: Results of each row.
       truncate: Whether a prompt that is too long loses its beginning.
+      shared_prefix: As in `api.generate`.
+      preamble: Text before every prompt; the system message of a conversation.
     """
 
     max_new_tokens: int | None = None
@@ -67,6 +69,8 @@ class Settings:
     chat: bool = False
     num_samples: int = 1
     truncate: bool = False
+    shared_prefix: str = "auto"
+    preamble: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +86,8 @@ class Task:
       sampling: `temperature`, the filters and the penalties, by name.
       stop: Strings that end it.
       seed: Of this sample.
-      shared: `verify` and `constraint`, the same for every task of a job.
+      shared: `verify`, `constraint` and `shared_prefix`, the same for every task of a
+        job.
     """
 
     line: int
@@ -123,7 +128,10 @@ def make_tasks(lm: LanguageModel, row: Row, settings: Settings) -> list[Task]:
             sampling=sampling,
             stop=tuple(options["stop"]),
             seed=(seed + sample * _SAMPLE_STRIDE) % 2**32,
-            shared={"verify": settings.verify, "constraint": settings.constraint},
+            shared={
+                name: getattr(settings, name)
+                for name in ("verify", "constraint", "shared_prefix")
+            },
         )
         for sample in range(settings.num_samples)
     ]
@@ -136,12 +144,17 @@ def _check_sampling(**sampling: Any) -> None:
 
 
 def _encode(lm: LanguageModel, row: Row, settings: Settings) -> list[int]:
+    before = settings.preamble
+    system = [{"role": "system", "content": before}] if before else []
     if row.is_chat:
-        ids = encode_chat(lm, row.prompt)
+        ids = encode_chat(lm, [*system, *row.prompt])
     elif settings.chat and isinstance(row.prompt, str):
-        ids = encode_chat(lm, [{"role": "user", "content": row.prompt}])
+        ids = encode_chat(lm, [*system, {"role": "user", "content": row.prompt}])
+    elif isinstance(row.prompt, str):
+        ids = encode(lm, before + row.prompt, row.line)
     else:
-        ids = encode(lm, row.prompt, row.line)
+        head = encode(lm, before, row.line) if before else []
+        ids = [*head, *encode(lm, row.prompt, row.line)]
     if not ids:
         raise CapacityError(
             "cannot generate: the prompt is empty, expected at least one token: the "

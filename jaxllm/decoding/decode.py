@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.attention.cache import DenseCache
+from jaxllm.attention.shared_prefix import PrefixedCache, SharedPrefix
 from jaxllm.core.errors import CapacityError, ConfigError, UserError
 from jaxllm.core.rng import row_keys
 from jaxllm.decoding.buckets import Shapes, shapes_for
@@ -20,6 +21,7 @@ from jaxllm.decoding.engine import DecodeState, Stats, advance, prefill
 from jaxllm.decoding.ladder import first_rungs, grow, steps_within
 from jaxllm.decoding.protocol import Committed, Drafter, Params
 from jaxllm.decoding.sampling import Sampler
+from jaxllm.decoding.sharing import SharedStretch, Sharing, build_prefix
 from jaxllm.decoding.verify import check_verifier
 from jaxllm.models.freeze import Context, Model
 
@@ -50,6 +52,7 @@ class Request:
       rungs: Capacities in slots: the batch starts at the first that holds its prompts
         and grows when it has to, to the same tokens. When empty, the slots hold the
         longest answer from the start.
+      shared: What prompts have in common, from `plan_sharing`; it is run and kept once.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -59,6 +62,7 @@ class Request:
     eos: tuple[int, ...] = ()
     steps_per_call: int = STEPS_PER_CALL
     rungs: tuple[int, ...] = ()
+    shared: tuple[SharedStretch, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +93,8 @@ class Output:
       logprobs: Log-probability of each under the target, before temperature and
         filters.
       ended: Whether an end token stopped the row.
-      stats: Counts of the row: `target_passes`, `emitted`, `drafted` as int,
+      stats: Counts of the row: `target_passes`, `emitted`, `drafted`, and
+        `shared_tokens` (of the prompt, kept once for several rows) as int,
         `accepted`, `tested` as lists by depth, and by level of an inner model
         `draft_passes` (its forwards) and `draft_tokens` (what these ran).
     """
@@ -212,13 +217,27 @@ def decode_chunks(
     rungs = first_rungs(request.rungs, lengths, shapes.capacity, drafter.depth)
     committed, limit_B = _rows(request, shapes, rungs[0])
     sampler = committed.choice
+    plan = () if drafter.prompt_hidden else request.shared
+    prefix = None
+    if plan:
+        prefix = build_prefix(
+            params["target"],
+            plan,
+            request.prompts,
+            model=model,
+            rows=shapes.rows,
+            rope_length=rope_length,
+            dtype=cache_dtype,
+        )
+    own = Sharing.of(plan, lengths, max(request.max_new_tokens), drafter.depth)
     begin = functools.partial(
         _begin,
         params,
         limit_B=limit_B,
         model=model,
         drafter=drafter,
-        chunk=shapes.chunk,
+        prefix=prefix,
+        own=own,
         cache_dtype=cache_dtype,
         rope_length=rope_length,
     )
@@ -253,7 +272,7 @@ def decode_chunks(
             stopped = np.asarray(watch(snapshot), bool)
             state, done = _stop(state, stopped), done | stopped
     learned = drafter.learned(params["drafter"], state.drafter)
-    return Decoded(_outputs(state, request), learned)
+    return Decoded(_outputs(state, request, own.shared), learned)
 
 
 def _rope_length(model: Model, request: Request) -> int:
@@ -297,6 +316,8 @@ def _begin(
     capacity: int | None = None,
     *,
     limit_B: jax.Array,
+    prefix: SharedPrefix | None,
+    own: Sharing,
     cache_dtype: Any,
     **options: Any,
 ) -> DecodeState:
@@ -305,13 +326,16 @@ def _begin(
     if capacity is not None:
         tokens_BS = jnp.pad(committed.tokens_BS, ((0, 0), (0, capacity - slots)))
         committed = dataclasses.replace(committed, tokens_BS=tokens_BS)
-    cache = _empty_cache(
+    cache: Any = _empty_cache(
         params["target"],
         model=options["model"],
         rows=rows,
-        capacity=capacity or slots,
+        capacity=own.slots(capacity or slots),
         dtype=cache_dtype,
     )
+    if prefix is not None:
+        cache = PrefixedCache(prefix, cache)
+    options["chunk"] = own.shapes.chunk
     done_B = jnp.zeros((rows,), bool)
     return prefill(params, committed, cache, limit_B, done_B, **options)
 
@@ -356,7 +380,9 @@ def _snapshot(state: DecodeState, request: Request) -> Snapshot:
     return Snapshot(token_ids, done_B[: len(token_ids)], tokens_BS.shape[1])
 
 
-def _outputs(state: DecodeState, request: Request) -> list[Output]:
+def _outputs(
+    state: DecodeState, request: Request, shared: Sequence[int]
+) -> list[Output]:
     snapshot = _snapshot(state, request)
     logprob_BS, stats = jax.device_get((state.logprob_BS, state.stats))
     outputs = []
@@ -367,7 +393,7 @@ def _outputs(state: DecodeState, request: Request) -> list[Output]:
                 ids,
                 logprob_BS[row, first : first + len(ids)].tolist(),
                 bool(ids) and ids[-1] in request.eos,
-                _row_stats(stats, row),
+                {**_row_stats(stats, row), "shared_tokens": shared[row]},
             )
         )
     return outputs

@@ -109,7 +109,7 @@ def prefill(
     Args:
       params: `{"target", "drafter"}`.
       committed: The prompts, right padded; lengths of at least 1.
-      cache: Empty; donated.
+      cache: Holds nothing but what rows share; donated.
       limit_B: Length at which each row stops.
       done_B: Rows that only fill the batch.
       model: The target.
@@ -149,7 +149,7 @@ def prefill(
         committed.tokens_BS,
         cache,
         count_B,
-        empty=True,
+        empty=cache.starts_empty,
         keep=keep,
         kept=(zeros, {name: zeros for name in collect}),
     )

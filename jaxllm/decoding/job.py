@@ -20,14 +20,18 @@ from jaxllm.decoding.decode import (
     drain,
 )
 from jaxllm.decoding.payoff import acceptance_by_depth
+from jaxllm.decoding.sharing import plan_sharing
 from jaxllm.decoding.stopping import StopText
 
-__all__ = ["BATCH", "Job", "Prompt", "Result", "column", "encode", "on_mesh"]
+__all__ = ["BATCH", "SHARING", "Job", "Prompt", "Result", "column", "encode", "on_mesh"]
 
 Prompt = str | Sequence[int]
 
 BATCH = 32
 """Most rows that are decoded together."""
+
+SHARING = ("auto", "off")
+"""Whether what prompts have in common is run and kept once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Result:
       finish_reason: `"eos"`, `"stop"` or `"length"`.
       logprobs: Log-probability of each new token under the model, before temperature
         and filters.
-      stats: Counts: `target_passes`, `emitted`, `drafted`, by depth `accepted` and
+      stats: Counts: `target_passes`, `emitted`, `drafted`, `shared_tokens` (of the
+        prompt, run and kept once for several rows), by depth `accepted` and
         `tested`, by level of inner models `draft_passes` and `draft_tokens`;
         `tokens_per_pass`; `acceptance_by_depth`; `seconds` of its batch.
     """
@@ -103,10 +108,17 @@ class Job:
     max_new_tokens: list[int]
     stop: tuple[str, ...]
     seeds: list[int]
+    shared_prefix: str = "auto"
 
     @classmethod
     def make(
-        cls, lm: LanguageModel, prompts: Any, max_new_tokens: Any, stop: Any, seed: Any
+        cls,
+        lm: LanguageModel,
+        prompts: Any,
+        max_new_tokens: Any,
+        stop: Any,
+        seed: Any,
+        shared_prefix: str = "auto",
     ) -> "Job":
         """Checks and encodes the rows; arguments as for `jaxllm.generate`."""
         if isinstance(prompts, str):
@@ -133,25 +145,42 @@ class Job:
                 f"cannot stop at strings: {lm.name} has no tokenizer, expected one. "
                 f"Leave out stop."
             )
+        if shared_prefix not in SHARING:
+            raise ConfigError(
+                f"cannot generate: shared_prefix is {shared_prefix!r}, expected one of "
+                f"{', '.join(SHARING)}. Correct it."
+            )
         ids = [encode(lm, p, row) for row, p in enumerate(prompts)]
-        return cls(lm, ids, column(max_new_tokens, rows, "max_new_tokens"), stop, seeds)
+        new = column(max_new_tokens, rows, "max_new_tokens")
+        return cls(lm, ids, new, stop, seeds, shared_prefix)
 
     def batches(self) -> list[list[int]]:
-        """Returns batches of rows that share a bucket, so that they share compiles."""
-        buckets = [prompt_bucket(max(1, len(prompt))) for prompt in self.prompts]
-        return batches_of([*zip(buckets, self.max_new_tokens, strict=True)], BATCH)
+        """Returns batches of rows that share a bucket, so that they share compiles.
+
+        Where prefixes are shared, prompts that begin alike come together.
+        """
+        order = list(range(len(self.prompts)))
+        if self.shared_prefix != "off":
+            order.sort(key=lambda row: self.prompts[row])
+        keys = [
+            (prompt_bucket(max(1, len(self.prompts[row]))), self.max_new_tokens[row])
+            for row in order
+        ]
+        return [[order[i] for i in batch] for batch in batches_of(keys, BATCH)]
 
     def request(
         self, batch: list[int], sampler: Any, steps: int = STEPS_PER_CALL
     ) -> Request:
         """Returns the request of some of the rows."""
+        prompts = [self.prompts[row] for row in batch]
         return Request(
-            prompts=[self.prompts[row] for row in batch],
+            prompts=prompts,
             max_new_tokens=[self.max_new_tokens[row] for row in batch],
             sampler=sampler,
             seeds=[self.seeds[row] for row in batch],
             eos=tuple(self.lm.generation.eos_ids),
             steps_per_call=steps,
+            shared=() if self.shared_prefix == "off" else plan_sharing(prompts),
         )
 
     def run(

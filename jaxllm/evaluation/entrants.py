@@ -145,7 +145,7 @@ class Course:
             tokenizer.
         """
         new = settings.max_new_tokens
-        job = Job.make(lm, [row.prompt for row in rows], new, (), settings.seed)
+        job = Job.make(lm, [row.prompt for row in rows], new, (), settings.seed, "off")
         job = dataclasses.replace(job, stop=())
         everything = list(range(len(rows)))
         check(lm.model, job.request(everything, settings.sampler(len(rows))))

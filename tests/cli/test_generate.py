@@ -173,6 +173,22 @@ def test_samples_are_rows(generate, lm):
     assert found.rows[0]["token_ids"] == first.token_ids
 
 
+def test_a_file_stands_before_every_prompt_and_is_run_once(generate, lm, tmp_path):
+    system = "Once there was a dog, and a cat, and a bird, and a fish, and a fox. "
+    prefix = tmp_path / "system.txt"
+    prefix.write_text(system)
+    said = ("Hi", "No", "At", "Me")
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": p} for p in said])
+    flags = (f"--prompts={path}", *SHORT)
+    found = generate(*flags, f"--shared_prefix={prefix}")
+    expected = api.generate(lm, [system + p for p in said], max_new_tokens=8)
+    assert [x.stats["shared_tokens"] for x in expected] == [len(system)] * 4
+    assert [r["token_ids"] for r in found.rows] == [x.token_ids for x in expected]
+    assert [r["prompt_tokens"] for r in found.rows] == [len(system) + 2] * 4
+    off = generate(*flags, "--shared_prefix=off")
+    assert [row["prompt_tokens"] for row in off.rows] == [2] * 4
+
+
 def test_rows_of_a_file_are_printed(generate, lm, tmp_path):
     prompts = ["Hello", "Once", "Tom"]
     rows = [{"id": "a", "prompt": prompts[0]}, {"prompt": prompts[1]}]
@@ -347,6 +363,11 @@ def test_values_that_are_not_finite_fail_their_rows(generate, tmp_path):
             ["--prompt=a", "--decode=autoregressive:query_width=x"],
             "bad value: autoregressive.query_width: 'x', expected int. Write a value "
             "of that type.",
+        ),
+        (
+            ["--prompt=a", "--shared_prefix=on"],
+            "cannot read a prefix: on: No such file or directory, expected auto, off "
+            "or a text file. Correct --shared_prefix.",
         ),
         (
             ["--prompt=a", "--kv_dtype=float8"],

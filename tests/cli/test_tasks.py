@@ -47,9 +47,32 @@ def test_a_row_overrides_the_flags(lm):
         "repetition_penalty": 1.5,
         "presence_penalty": -1,
     }
-    assert task.shared == {"verify": "reject", "constraint": None}
+    shared = {"verify": "reject", "constraint": None, "shared_prefix": "auto"}
+    assert task.shared == shared
     assert task.stop == ("b",)
     assert task.seed == 8
+
+
+def test_a_preamble_stands_before_every_prompt(lm):
+    said = [{"role": "user", "content": "Hi"}]
+    system = [{"role": "system", "content": "Be brief. "}]
+    rows = {
+        "text": (Row(1, 1, "Hi"), lm.tokenizer.encode("Be brief. Hi")),
+        "ids": (Row(1, 1, [3, 4]), [*lm.tokenizer.encode("Be brief. "), 3, 4]),
+        "chat": (
+            Row(1, 1, said, is_chat=True),
+            lm.tokenizer.encode(
+                lm.tokenizer.apply_chat_template([*system, *said]),
+                add_special_tokens=False,
+            ),
+        ),
+    }
+    for row, expected in rows.values():
+        assert one(lm, row, preamble="Be brief. ").ids == expected
+    assert (
+        one(lm, Row(1, 1, "Hi"), preamble="Be brief. ", chat=True).ids
+        == (rows["chat"][1])
+    )
 
 
 def test_the_first_line_has_the_seed_of_the_flag(lm):

@@ -73,11 +73,12 @@ def toy_lm(weights: str = "float32", eos: tuple[int, ...] = (), vocabulary=VOCAB
     )
 
 
-def methods(fast: bool = True) -> list:
-    """Every registered method, with its options; the first of them tested always."""
+def methods(fast: bool = True, every: bool = True) -> list:
+    """Every registered method, with all its options or the first; that one is fast."""
     found = []
     for name in sorted(METHODS):
-        for i, options in enumerate(OPTIONS.get(name, [""])):
+        chosen = OPTIONS.get(name, [""])
+        for i, options in enumerate(chosen if every else chosen[:1]):
             marks = [] if fast and i == 0 else [pytest.mark.slow]
             text = f"{name}:{options}" if options else name
             found.append(pytest.param(text, marks=marks, id=text))

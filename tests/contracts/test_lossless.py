@@ -114,3 +114,20 @@ def test_a_vocabulary_of_two(method, heads_file) -> None:
     expected = jaxllm.generate(lm, texts, drafter=plain, **options)
     found = jaxllm.generate(lm, texts, drafter=drafter, **options)
     assert_same(found, expected, drafter.drafter, lm, texts, options)
+
+
+@pytest.mark.parametrize("method", methods(fast=False, every=False))
+def test_a_shared_prefix_changes_no_token(method, heads_file) -> None:
+    lm = toy_lm()
+    rng = np.random.default_rng(1)
+    system, question = (rng.integers(0, VOCABULARY, n).tolist() for n in (260, 66))
+    endings = ([3], [5, 7, 9], [4, 4, 4], [6, 1])
+    texts = [system + question + ending for ending in endings]
+    texts += [[*system, 4, 4], system]
+    drafter = bound(method, heads_file, lm)
+    options = {"temperature": 1.0, "seed": 2, "max_new_tokens": 13}
+    found = jaxllm.generate(lm, texts, drafter=drafter, **options)
+    assert [x.stats["shared_tokens"] for x in found] == [325] * 4 + [258] * 2
+    fresh = bound(method, heads_file, lm)  # an online drafter has learned by now
+    expected = jaxllm.generate(lm, texts, drafter=fresh, shared_prefix="off", **options)
+    assert_same(found, expected, drafter.drafter, lm, texts, options)
