@@ -11,6 +11,7 @@ from jaxllm.attention.masks import (
     ancestors_of,
     packed,
 )
+from jaxllm.attention.paged import PagedCache, init_pages
 from jaxllm.attention.reference import attend_reference
 from jaxllm.attention.rope import RopeConfig, apply_rope, rope_tables, rotate_angles
 from jaxllm.attention.segments import (
@@ -31,6 +32,7 @@ __all__ = [
     "DenseCache",
     "Mask",
     "NewKV",
+    "PagedCache",
     "PrefixLevel",
     "PrefixedCache",
     "RopeConfig",
@@ -44,6 +46,7 @@ __all__ = [
     "attend_reference",
     "attend_segment",
     "init_cache",
+    "init_pages",
     "merge",
     "packed",
     "rope_tables",

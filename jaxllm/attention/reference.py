@@ -4,6 +4,7 @@ Letters: B rows, T queries, N query heads, K kv heads, G = N/K, H head dim, S ke
 a segment, then of all), U users of a segment.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -43,7 +44,7 @@ def attend_reference(
     """
     rows, _, heads, _ = q_BTNH.shape
     logits, visible, values = [], [], []
-    for segment in segments:
+    for segment in map(_unpaged, segments):
         users, kv_heads, length, _ = segment.k_UKSH.shape
         user_B, reads_B = _users(segment, users, rows)
         group = heads // kv_heads
@@ -83,6 +84,20 @@ def attend_reference(
     return AttentionOutput(
         jnp.where(seen[..., None], out_BTNH, 0.0), jnp.where(seen, lse_BTN, -jnp.inf)
     )
+
+
+def _unpaged(segment: Segment) -> Segment:
+    """Returns the segment with the pages of every row behind each other."""
+    pages_BN = segment.pages_BN
+    if pages_BN is None:
+        return segment
+
+    def join(pool: Array) -> Array:
+        rows = [jnp.concatenate([pool[p] for p in pages], 1) for pages in pages_BN]
+        return jnp.stack(rows)
+
+    k, v = join(segment.k_UKSH), join(segment.v_UKSH)
+    return dataclasses.replace(segment, k_UKSH=k, v_UKSH=v, pages_BN=None)
 
 
 def _users(segment: Segment, users: int, rows: int) -> tuple[Array, Array]:

@@ -47,6 +47,8 @@ class Segment:
       valid_US: Validity of every key, beside `length_U`.
       row_B: The user that each row reads. None: every user serves as many rows, one
         user's behind the other's.
+      pages_BN: Pages of each row in order, where keys and values are a pool `[pages, K,
+        slots of a page, H]`; the row's keys stand in its pages one behind the other.
       rows_UR: In place of `row_B`, the rows that read each user, B where there are
         fewer; a row that stands nowhere sees nothing. Unlike `row_B` it copies queries,
         not keys.
@@ -60,6 +62,7 @@ class Segment:
     position_US: Array | None = None
     valid_US: Array | None = None
     row_B: Array | None = None
+    pages_BN: Array | None = None
     rows_UR: Array | None = None
     mask: Mask = FULL
 
@@ -101,6 +104,8 @@ def attend_segment(
     Source: Hydragen (arXiv 2402.05099) section 3.1; RelayAttention (arXiv 2402.14808)
       section 3.2.
     """
+    if segment.pages_BN is not None:
+        segment = _joined(segment, segment.pages_BN)
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
     if segment.rows_UR is not None:
         grouped = (q_BTNH, query_position_BT, segment, segment.rows_UR)
@@ -158,6 +163,18 @@ def attend_segment(
     lse = jnp.where(seen, top[..., 0] + jnp.log(safe), -jnp.inf)
     out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
     return AttentionOutput(out, lse.transpose(0, 3, 1, 2).reshape(B, T, N))
+
+
+def _joined(segment: Segment, pages_BN: Array) -> Segment:
+    """Returns the segment with every row's pages copied into one row of keys."""
+
+    def join(pool_PKSH: Array) -> Array:
+        k_BNKSH = pool_PKSH[pages_BN]
+        B, N, K, S, H = k_BNKSH.shape
+        return k_BNKSH.transpose(0, 2, 1, 3, 4).reshape(B, K, N * S, H)
+
+    k_BKSH, v_BKSH = join(segment.k_UKSH), join(segment.v_UKSH)
+    return dataclasses.replace(segment, k_UKSH=k_BKSH, v_UKSH=v_BKSH, pages_BN=None)
 
 
 def _attend_sorted(

@@ -30,8 +30,8 @@ from jaxllm.core import DTypePolicy, ShardingRules, make_mesh, parse_dtype, regi
 from jaxllm.core.errors import CheckpointError
 from jaxllm.models import DecoderConfig, Model, make_model, restack
 from jaxllm.models.families import FAMILIES, family_of
-from jaxllm.models.freeze import default_stacks, stack_size
 from jaxllm.models.sharding import check_mesh, param_shardings
+from jaxllm.models.stacks import default_stacks, stack_size
 from jaxllm.quantization import METHODS, Quantizer, input_axis, quantize_params
 
 __all__ = ["load_language_model"]

@@ -31,7 +31,7 @@ from jaxllm.models.families import (
     decoder_config,
     family_of,
 )
-from jaxllm.models.freeze import stack_size
+from jaxllm.models.stacks import stack_size
 
 __all__ = [
     "any_family",

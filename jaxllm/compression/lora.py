@@ -24,7 +24,7 @@ from jaxllm.core.errors import ConfigError
 from jaxllm.core.partition import TreePath, path_names
 from jaxllm.core.pytree import pytree_dataclass, static
 from jaxllm.core.registry import unknown_name
-from jaxllm.models.freeze import stack_size
+from jaxllm.models.stacks import stack_size
 
 __all__ = [
     "TARGETS",

@@ -15,9 +15,12 @@ from jaxllm.decoding.decode import (
 from jaxllm.decoding.engine import DecodeState, Stats, advance, prefill
 from jaxllm.decoding.protocol import Committed, Draft, Drafter, Verdict
 from jaxllm.decoding.sampling import Sampler, choose, draw, make_sampler, warp
+from jaxllm.decoding.service import Arrival, Service
+from jaxllm.decoding.serving import Server, serve
 from jaxllm.decoding.verify import match, match_reference, reject
 
 __all__ = [
+    "Arrival",
     "BoundDrafter",
     "Committed",
     "Constraint",
@@ -28,6 +31,8 @@ __all__ = [
     "Output",
     "Request",
     "Sampler",
+    "Server",
+    "Service",
     "Snapshot",
     "Stats",
     "Verdict",
@@ -44,5 +49,6 @@ __all__ = [
     "match_reference",
     "prefill",
     "reject",
+    "serve",
     "warp",
 ]

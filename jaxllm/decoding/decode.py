@@ -264,7 +264,7 @@ def decode_chunks(
             rope_length=rope_length,
         )
         if not np.asarray(state.finite_B).all():
-            _raise_nonfinite(model, params["target"], state)
+            raise_nonfinite(model, params["target"], state)
         snapshot = _snapshot(state, request)
         yield snapshot
         done = snapshot.done
@@ -393,13 +393,14 @@ def _outputs(
                 ids,
                 logprob_BS[row, first : first + len(ids)].tolist(),
                 bool(ids) and ids[-1] in request.eos,
-                {**_row_stats(stats, row), "shared_tokens": shared[row]},
+                {**row_stats(stats, row), "shared_tokens": shared[row]},
             )
         )
     return outputs
 
 
-def _row_stats(stats: Stats, row: int) -> dict[str, Any]:
+def row_stats(stats: Stats, row: int) -> dict[str, Any]:
+    """Returns the counts of a row as plain numbers; see `Output`."""
     fields = {f.name: getattr(stats, f.name) for f in dataclasses.fields(stats)}
     inner = fields.pop("inner")
     return {
@@ -409,7 +410,8 @@ def _row_stats(stats: Stats, row: int) -> dict[str, Any]:
     }
 
 
-def _raise_nonfinite(model: Model, params: Any, state: DecodeState) -> None:
+def raise_nonfinite(model: Model, params: Any, state: DecodeState) -> None:
+    """Raises `UserError` that names the first row and layer that are not finite."""
     row = int(np.argmin(np.asarray(state.finite_B)))
     length = int(state.committed.length_B[row])
     tokens_BT = state.committed.tokens_BS[row : row + 1, : length - 1]

@@ -9,8 +9,8 @@ from jaxllm.models.freeze import (
     freeze,
     join_kv,
     make_model,
-    restack,
 )
+from jaxllm.models.stacks import restack
 
 __all__ = [
     "FAMILIES",

@@ -21,6 +21,7 @@ from jax import Array
 
 from jaxllm.attention.cache import Cache, DenseCache, NewKV, init_cache, layer_of
 from jaxllm.attention.masks import CAUSAL, Mask
+from jaxllm.attention.paged import PagedCache, init_pages
 from jaxllm.attention.rope import rope_tables, rotate_angles
 from jaxllm.core.dtypes import DTypePolicy
 from jaxllm.core.errors import ConfigError
@@ -29,6 +30,7 @@ from jaxllm.core.sharding import ShardingRules, constrain
 from jaxllm.layers.attention import LayerContext
 from jaxllm.layers.embeddings import tied_logits
 from jaxllm.models.decoder import Decoder, DecoderConfig, make_decoder
+from jaxllm.models.stacks import default_stacks, join_layers, restack, stack_size
 
 __all__ = [
     "Context",
@@ -37,7 +39,6 @@ __all__ = [
     "freeze",
     "join_kv",
     "make_model",
-    "restack",
 ]
 
 Params = dict[str, Any]
@@ -224,17 +225,36 @@ class Model:
           capacity: Slots of a row, a draft's longest path included.
           dtype: Dtype of keys and values; the policy's when None.
         """
+        shape = self._cache_shape(params, dtype)
+        cache = init_cache(**shape, rows=rows, capacity=capacity)
+        return self._split(cache, (None, "batch", "kv_heads", None, None))
+
+    def init_pages(
+        self, params: Params, rows: int, *, dtype: Any = None, **sizes: Any
+    ) -> PagedCache:
+        """Returns an empty paged cache over the stacks of `params`.
+
+        Args:
+          params: The tree whose stacks the cache follows.
+          rows: B.
+          dtype: Dtype of keys and values; the policy's when None.
+          **sizes: `pages`, `page_slots` and `row_pages` of `attention.init_pages`.
+        """
+        cache = init_pages(**self._cache_shape(params, dtype), rows=rows, **sizes)
+        return self._split(cache, (None, None, "kv_heads", None, None))
+
+    def _cache_shape(self, params: Params, dtype: Any) -> dict[str, Any]:
         head_dim = self.config.attention.head_dim
         shapes = [s["attention"]["key"]["kernel"].shape for s in params["stacks"]]
-        cache = init_cache(
-            [shape[0] for shape in shapes],
-            rows=rows,
-            capacity=capacity,
-            kv_heads=[shape[-1] // head_dim for shape in shapes],
-            head_dim=head_dim,
-            dtype=self.policy.cache if dtype is None else dtype,
-        )
-        names = (None, "batch", "kv_heads", None, None)
+        return {
+            "layers": [shape[0] for shape in shapes],
+            "kv_heads": [shape[-1] // head_dim for shape in shapes],
+            "head_dim": head_dim,
+            "dtype": self.policy.cache if dtype is None else dtype,
+        }
+
+    def _split(self, cache: Any, names: tuple[str | None, ...]) -> Any:
+        """Constrains keys and values by the names of their axes."""
 
         def split(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
             return tuple(constrain(x, names, self.rules) for x in arrays)
@@ -351,11 +371,6 @@ class _StackRun:
         return run(layer_of(self.stack, layer), x_BTD)
 
 
-def stack_size(stack: Params) -> int:
-    """Returns how many layers a stack holds."""
-    return jax.tree.leaves(stack)[0].shape[0]
-
-
 def join_kv(first: NewKV, second: NewKV) -> NewKV:
     """Joins the new keys and values of two neighbouring runs of layers."""
 
@@ -405,7 +420,7 @@ def freeze(
             )
         layers.append(tree)
         axes["layer"] = layer_axes
-    params["stacks"] = tuple(_stack([layer]) for layer in layers)
+    params["stacks"] = tuple(join_layers([layer]) for layer in layers)
     sizes = default_stacks(len(layers)) if stacks is None else tuple(stacks)
     model = Model(module.config, policy, rules, tuple(parts.items()), axes)
     return model, restack(params, sizes)
@@ -442,65 +457,3 @@ def _split(module: nnx.Module) -> tuple[Any, Params, Params]:
         is_leaf=lambda v: isinstance(v, nnx.Variable),
     )
     return definition, nnx.to_pure_dict(state), nnx.to_pure_dict(axes)
-
-
-def default_stacks(layers: int, platform: str | None = None) -> tuple[int, ...]:
-    """Returns stacks of one layer on a CPU, one stack of all elsewhere."""
-    platform = jax.default_backend() if platform is None else platform
-    return (1,) * layers if platform == "cpu" else (layers,)
-
-
-def restack(params: Params, sizes: Sequence[int]) -> Params:
-    """Regroups layers into stacks of the given sizes.
-
-    Args:
-      params: A tree with `stacks`.
-      sizes: Layers of each new stack; they sum to L.
-
-    Returns:
-      The same parameters; layers that stand in one stack must have equal shapes and
-      leaf types.
-
-    Raises:
-      ConfigError: The sizes do not sum to L, or layers of one stack differ.
-    """
-    layers = [
-        jax.tree.map(lambda x, i=i: _slice(x, i), stack)
-        for stack in params["stacks"]
-        for i in range(stack_size(stack))
-    ]
-    if sum(sizes) != len(layers) or any(size < 1 for size in sizes):
-        raise ConfigError(
-            f"cannot restack: sizes {tuple(sizes)} sum to {sum(sizes)}, expected "
-            f"{len(layers)} layers. Choose sizes that sum to it."
-        )
-    stacks, first = [], 0
-    for size in sizes:
-        stacks.append(_stack(layers[first : first + size]))
-        first += size
-    return {**params, "stacks": tuple(stacks)}
-
-
-def _slice(x: Any, i: int) -> Any:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-    return x.reshape(x.shape[1:]) if x.shape[0] == 1 else x[i]
-
-
-def _stack(layers: list[Params]) -> Params:
-    kinds = {
-        (jax.tree.structure(t), tuple(x.shape for x in jax.tree.leaves(t)))
-        for t in layers
-    }
-    if len(kinds) > 1:
-        raise ConfigError(
-            "cannot stack: layers differ in shapes or leaf types, expected equal "
-            "ones. Put them into different stacks."
-        )
-
-    def join(*xs: Any) -> Any:
-        if isinstance(xs[0], jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct((len(xs), *xs[0].shape), xs[0].dtype)
-        return xs[0][None] if len(xs) == 1 else jnp.stack(xs)
-
-    return jax.tree.map(join, *layers)

@@ -20,7 +20,7 @@ from jaxllm.compression import (
 from jaxllm.core import ConfigError, Leaf, einsum, grouped_matmul, take
 from jaxllm.core.partition import join, path_names, split
 from jaxllm.models import restack
-from jaxllm.models.freeze import stack_size
+from jaxllm.models.stacks import stack_size
 from jaxllm.quantization import Int8, IntTensor, quantize_params
 from tests.compression.adapted import (
     FAMILIES,

@@ -14,6 +14,8 @@ import jaxllm
 from jaxllm.decoding import make_sampler
 from jaxllm.decoding.buckets import shapes_for
 from jaxllm.decoding.reference import decode_reference
+from jaxllm.decoding.service import Arrival, Service
+from jaxllm.decoding.serving import serve
 from jaxllm.drafting import Autoregressive
 from tests.contracts.enrolled import bound, methods, toy_lm
 from tests.decoding.toys import VOCABULARY
@@ -131,3 +133,26 @@ def test_a_shared_prefix_changes_no_token(method, heads_file) -> None:
     fresh = bound(method, heads_file, lm)  # an online drafter has learned by now
     expected = jaxllm.generate(lm, texts, drafter=fresh, shared_prefix="off", **options)
     assert_same(found, expected, drafter.drafter, lm, texts, options)
+
+
+@pytest.mark.parametrize("method", methods(fast=False, every=False))
+def test_rows_that_come_and_go_give_the_tokens_of_rows_alone(method, heads_file):
+    lm = toy_lm()
+    drafter = bound(method, heads_file, lm)
+    rng = np.random.default_rng(4)
+    texts = [rng.integers(0, VOCABULARY, n).tolist() for n in (3, 20, 1, 9)]
+    texts += [[*texts[1], 7, 8], texts[1]]
+    options = {"temperature": 1.0, "max_new_tokens": 11}
+    service = Service(rows=2, capacity=64, page_slots=8, steps=2, pages=10)
+    arrivals = [
+        Arrival(prompt=t, max_new_tokens=11, seed=i, sampling={"temperature": 1.0})
+        for i, t in enumerate(texts)
+    ]
+    params = drafter.arguments()
+    server = {"drafter": drafter.drafter, "service": service}
+    found = dict(serve(lm.model, params, arrivals, **server))
+    for i, text in enumerate(texts):
+        fresh = bound(method, heads_file, lm)
+        alone = jaxllm.generate(lm, [text], drafter=fresh, seed=i, **options)
+        shifted = {**options, "seed": i}
+        assert_same([found[i]], alone, drafter.drafter, lm, [text], shifted)
