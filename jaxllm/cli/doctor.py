@@ -83,6 +83,7 @@ def run(values: flags.FlagValues) -> int:
         ("devices", _devices()),
         ("compile cache", _compile_cache()),
         ("environment", _environment()),
+        ("kernels", _kernels()),
     ):
         _print_section(title, lines)
     failed = []
@@ -154,6 +155,15 @@ def _compile_cache() -> Iterator[str]:
 def _environment() -> Iterator[str]:
     found = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
     yield from found or ["none of the variables that matter is set"]
+
+
+def _kernels() -> Iterator[str]:
+    """Yields what every op runs here, and why where that is not its kernel."""
+    from pallas_kernels import dispatch
+
+    for row in dispatch.report():
+        reason = f": {row['reason']}" if row["reason"] else ""
+        yield f"{row['op']} {row['implementation']}{reason}"
 
 
 def _configuration(lm: "LanguageModel") -> Iterator[str]:

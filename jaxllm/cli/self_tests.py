@@ -13,6 +13,9 @@ from jaxllm.layers.attention import AttentionConfig
 from jaxllm.layers.mlp import MlpConfig
 from jaxllm.models import DecoderConfig, make_model
 from jaxllm.quantization import Int8
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.operands import Keys
+from pallas_kernels.quant_matmul import IntWeight, pack_int4, quant_matmul
 
 __all__ = ["SELF_TESTS"]
 
@@ -81,6 +84,30 @@ def cache() -> None:
             raise ArithmeticError(f"row {row} holds keys that it did not accept")
 
 
+def attention_kernel() -> None:
+    """Checks that attention to a cache, as it is run here, equals its reference."""
+    shape = (3, 2, 40, 128)
+    q_BTNH = jax.random.normal(jax.random.key(4), (3, 2, 4, 128), jnp.bfloat16)
+    k, v = (jax.random.normal(jax.random.key(i), shape, q_BTNH.dtype) for i in (5, 6))
+    keys = Keys(k, v, jnp.asarray([40, 1, 17]))
+    found, wanted = (
+        decode_attention(q_BTNH, keys, implementation=name)
+        for name in (None, "reference")
+    )
+    for ours, theirs in zip(found, wanted, strict=True):
+        _agree(ours, theirs)
+
+
+def matmul_kernel() -> None:
+    """Checks that a product with int4 weights, as it is run here, is right."""
+    values = jax.random.randint(jax.random.key(7), (256, 128), -8, 8)
+    scale = jax.random.uniform(jax.random.key(8), (2, 128), minval=0.5)
+    x_MD = jax.random.normal(jax.random.key(9), (8, 256))
+    weight = IntWeight(pack_int4(values), scale)
+    whole = (values * jnp.repeat(scale, 128, axis=0)).astype(jnp.float32)
+    _agree(quant_matmul(x_MD, weight), x_MD @ whole)
+
+
 def _agree(found: jax.Array, wanted: jax.Array) -> None:
     error = float(jnp.abs(found - wanted).max() / wanted.std())
     if not error <= _TOLERANCE:
@@ -91,4 +118,6 @@ SELF_TESTS: dict[str, Callable[[], None]] = {
     "generation equals a plain loop of forwards": generation,
     "int8 weights multiply like the array they stand for": int8_weights,
     "the cache keeps what was accepted": cache,
+    "attention to a cache equals its reference": attention_kernel,
+    "packed int4 weights multiply like the array they stand for": matmul_kernel,
 }

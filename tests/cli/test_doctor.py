@@ -25,10 +25,12 @@ def test_a_sound_machine(jaxllm):
         "devices",
         "compile cache",
         "environment",
+        "kernels",
         "self-tests",
     ]
     for name in SELF_TESTS:
         assert f"  ok      {name}\n" in found.out
+    assert "\n  decode_attention reference: there is no cpu kernel\n" in found.out
     for word in ("\n  jax 0.", "\n  flax 0.", "\n  cpu:0 ", "\n  python 3."):
         assert word in found.out
 
