@@ -28,6 +28,7 @@ COMMANDS = {
     "generate": "jaxllm.cli.generate",
     "compare": "jaxllm.cli.compare",
     "train": "jaxllm.cli.train",
+    "analyze": "jaxllm.cli.analyze",
     "systems": "jaxllm.cli.systems",
     "doctor": "jaxllm.cli.doctor",
 }

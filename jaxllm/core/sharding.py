@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.core.errors import ConfigError, ShardingError
@@ -181,9 +182,8 @@ def make_mesh(
             f"cannot make mesh: {sizes} needs {needed} devices, expected at most "
             f"{len(devices)}, which is what there is. Choose smaller sizes."
         )
-    return jax.make_mesh(
-        tuple(full.values()),
-        tuple(full),
-        axis_types=(AxisType.Auto,) * len(full),
-        devices=devices[:needed],
+    # A mesh axis need not be an axis of the machine: 4x4 chips serve two by eight.
+    arranged = mesh_utils.create_device_mesh(
+        tuple(full.values()), devices[:needed], allow_split_physical_axes=True
     )
+    return Mesh(arranged, tuple(full), axis_types=(AxisType.Auto,) * len(full))

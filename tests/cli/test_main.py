@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 FLAGS_OF_GENERATE = (
     "model adapter prompt prompts decode max_new_tokens temperature top_p top_k min_p "
     "repetition_penalty presence_penalty verify constraint stop chat num_samples "
-    "kv_dtype seed dtype mesh output stream stats truncate"
+    "shared_prefix kv_dtype seed dtype mesh output stream stats truncate"
 ).split()
 
 
@@ -41,17 +41,17 @@ def python(*arguments, **environment):
         (
             [],
             "jaxllm: cannot start: no command is given, expected one of generate, "
-            "compare, train, systems, doctor. Run jaxllm --help.",
+            "compare, train, analyze, systems, doctor. Run jaxllm --help.",
         ),
         (
             ["genrate"],
             "jaxllm: cannot start: 'genrate' is no command, expected one of generate, "
-            "compare, train, systems, doctor. Did you mean generate?",
+            "compare, train, analyze, systems, doctor. Did you mean generate?",
         ),
         (
             ["--prompt", "x"],
             "jaxllm: cannot start: '--prompt' is no command, expected one of generate, "
-            "compare, train, systems, doctor. Run jaxllm --help.",
+            "compare, train, analyze, systems, doctor. Run jaxllm --help.",
         ),
         (
             ["generate", "--promt=x"],

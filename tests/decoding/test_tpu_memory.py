@@ -1,15 +1,8 @@
 """The decode loop compiled for a TPU slice: the cache is never copied."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
-PROGRAM = pathlib.Path(__file__).with_name("tpu_program.py")
-
+from jaxllm.analysis import Compilation, compile_ahead, find_config, parse_slice
 
 DRAFT = "model=target,layers=2"
 METHODS = (
@@ -29,23 +22,20 @@ METHODS = (
 @pytest.mark.slow
 def test_8b_loops_copy_no_cache_on_a_v5e_slice() -> None:
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
-    environment = os.environ | {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "JAX_PLATFORMS": "cpu",
-    }
-    run = subprocess.run(
-        [sys.executable, str(PROGRAM), *METHODS],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = [json.loads(line) for line in run.stdout.splitlines()]
+    compilations = [
+        Compilation(
+            config=find_config("llama3-8b"),
+            machine=parse_slice("v5e:2x4"),
+            method=method,
+            rows=16,
+            context=8192,
+        )
+        for method in METHODS
+    ]
+    found = list(compile_ahead(compilations))
     assert [memory["method"] for memory in found] == list(METHODS)
     for memory in found:
+        assert memory["cache_bytes"] == 2**31
         assert memory["alias_bytes"] >= memory["cache_bytes"], memory
         # 0.13 GB beside a cache of 2.1 GB a chip, and the logits of more nodes; a copy
         # of the cache would be seen.
