@@ -22,7 +22,7 @@ from jaxllm.checkpoints import (
 )
 from jaxllm.core.errors import UserError
 from jaxllm.core.registry import MethodSpec
-from jaxllm.core.sharding import make_mesh
+from jaxllm.core.sharding import fetch, make_mesh
 from jaxllm.decoding import (
     BoundDrafter,
     Constraint,
@@ -171,9 +171,9 @@ def logits(lm: LanguageModel, token_ids: Sequence[Sequence[int]]) -> list[np.nda
     )
     for batch, tokens_BT, length_B in _padded(lm, rows):
         with on_mesh(lm):
-            out = _logits(lm.params, tokens_BT, length_B, model=lm.model)
+            out = fetch(_logits(lm.params, tokens_BT, length_B, model=lm.model))
         for at, row in enumerate(batch):
-            found[row] = np.asarray(out[at, : len(rows[row])])
+            found[row] = out[at, : len(rows[row])]
     return found
 
 
@@ -245,7 +245,7 @@ def score(
     found: list[Score] = [Score([], [], True)] * len(rows)
     for batch, tokens_BT, length_B in _padded(lm, rows):
         with on_mesh(lm):
-            logprob_BT, top_BT = jax.device_get(
+            logprob_BT, top_BT = fetch(
                 _next_logprobs(lm.params, tokens_BT, length_B, model=lm.model)
             )
         for at, row in enumerate(batch):

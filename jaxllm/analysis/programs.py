@@ -31,7 +31,7 @@ from jaxllm.training.step import Frozen, init_state, train_step
 
 __all__ = ["compile_program"]
 
-_CACHE_AXES = (None, "batch", "kv_heads", None, None)
+_CACHE_AXES = (None, "batch", "kv_heads", "kv_sequence", None)
 
 
 def compile_program(compilation: Compilation) -> dict[str, Any]:

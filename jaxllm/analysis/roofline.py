@@ -262,7 +262,7 @@ def _cache_bytes(target: Target, workload: Workload, mesh: Any) -> int:
         shared = workload.shared_prefix
         for rows, slots in ((workload.rows, workload.context - shared), (1, shared)):
             shape = (layers, rows, width // head_dim, slots, head_dim)
-            names = (None, "batch", "kv_heads", None, None)
+            names = (None, "batch", "kv_heads", "kv_sequence", None)
             local = rules.sharding(names, shape, mesh).shard_shape(shape)
             total += 2 * math.prod(local)
     return total * jnp.dtype(target.model.policy.cache).itemsize

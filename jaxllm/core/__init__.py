@@ -21,7 +21,13 @@ from jaxllm.core.errors import (
 )
 from jaxllm.core.pytree import pytree_dataclass, static
 from jaxllm.core.rng import position_gumbel, row_keys
-from jaxllm.core.sharding import ShardingRules, constrain, make_mesh, parse_mesh
+from jaxllm.core.sharding import (
+    ShardingRules,
+    constrain,
+    fetch,
+    make_mesh,
+    parse_mesh,
+)
 
 __all__ = [
     "CapacityError",
@@ -37,6 +43,7 @@ __all__ = [
     "contract",
     "dense",
     "einsum",
+    "fetch",
     "grouped_matmul",
     "grouped_matmul_reference",
     "make_mesh",

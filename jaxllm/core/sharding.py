@@ -12,12 +12,19 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.core.errors import ConfigError, ShardingError
 
-__all__ = ["MESH_AXES", "ShardingRules", "constrain", "make_mesh", "parse_mesh"]
+__all__ = [
+    "MESH_AXES",
+    "ShardingRules",
+    "constrain",
+    "fetch",
+    "make_mesh",
+    "parse_mesh",
+]
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "sequence")
 
@@ -40,6 +47,7 @@ class ShardingRules:
         ("vocab", ("tensor",)),
         ("experts", ("expert",)),
         ("kv_sequence", ("sequence",)),
+        ("tokens", ("sequence",)),
     )
 
     def spec(
@@ -115,6 +123,20 @@ def constrain(
     return jax.lax.with_sharding_constraint(x, rules.spec(names, x.shape, mesh))
 
 
+def fetch(tree: Any) -> Any:
+    """Returns arrays as numpy on every process, wherever their parts lie.
+
+    Every process has to call it, for parts are exchanged where one lacks them.
+    """
+
+    def is_here(x: Any) -> bool:
+        return not isinstance(x, Array) or x.is_fully_addressable
+
+    if all(is_here(x) or x.is_fully_replicated for x in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
 def parse_mesh(text: str) -> dict[str, int]:
     """Parses `"data=2,tensor=4"`; one size may be -1, which fills the devices.
 
@@ -181,6 +203,13 @@ def make_mesh(
         raise ShardingError(
             f"cannot make mesh: {sizes} needs {needed} devices, expected at most "
             f"{len(devices)}, which is what there is. Choose smaller sizes."
+        )
+    held = {device.process_index for device in devices[:needed]}
+    if len(held) < len({device.process_index for device in devices}):
+        raise ShardingError(
+            f"cannot make mesh: {sizes} takes {needed} of {len(devices)} devices, "
+            f"which leaves a process without any, expected some of each. Choose larger "
+            f"sizes, or start fewer processes."
         )
     # A mesh axis need not be an axis of the machine: 4x4 chips serve two by eight.
     arranged = mesh_utils.create_device_mesh(

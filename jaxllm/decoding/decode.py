@@ -16,6 +16,7 @@ from jaxllm.attention.cache import DenseCache
 from jaxllm.attention.shared_prefix import PrefixedCache, SharedPrefix
 from jaxllm.core.errors import CapacityError, ConfigError, UserError
 from jaxllm.core.rng import row_keys
+from jaxllm.core.sharding import fetch
 from jaxllm.decoding.buckets import Shapes, shapes_for
 from jaxllm.decoding.engine import DecodeState, Stats, advance, prefill
 from jaxllm.decoding.ladder import first_rungs, grow, steps_within
@@ -263,7 +264,7 @@ def decode_chunks(
             drafter=drafter,
             rope_length=rope_length,
         )
-        if not np.asarray(state.finite_B).all():
+        if not fetch(state.finite_B).all():
             raise_nonfinite(model, params["target"], state)
         snapshot = _snapshot(state, request)
         yield snapshot
@@ -370,7 +371,7 @@ def _active(
 
 
 def _snapshot(state: DecodeState, request: Request) -> Snapshot:
-    tokens_BS, length_B, done_B = jax.device_get(
+    tokens_BS, length_B, done_B = fetch(
         (state.committed.tokens_BS, state.committed.length_B, state.done_B)
     )
     token_ids = [
@@ -384,7 +385,7 @@ def _outputs(
     state: DecodeState, request: Request, shared: Sequence[int]
 ) -> list[Output]:
     snapshot = _snapshot(state, request)
-    logprob_BS, stats = jax.device_get((state.logprob_BS, state.stats))
+    logprob_BS, stats = fetch((state.logprob_BS, state.stats))
     outputs = []
     for row, ids in enumerate(snapshot.token_ids):
         first = len(request.prompts[row])
@@ -412,8 +413,8 @@ def row_stats(stats: Stats, row: int) -> dict[str, Any]:
 
 def raise_nonfinite(model: Model, params: Any, state: DecodeState) -> None:
     """Raises `UserError` that names the first row and layer that are not finite."""
-    row = int(np.argmin(np.asarray(state.finite_B)))
-    length = int(state.committed.length_B[row])
+    row = int(np.argmin(fetch(state.finite_B)))
+    length = int(fetch(state.committed.length_B)[row])
     tokens_BT = state.committed.tokens_BS[row : row + 1, : length - 1]
     where = locate_nonfinite(model, params, tokens_BT)
     raise UserError(

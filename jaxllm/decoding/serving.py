@@ -24,6 +24,7 @@ from jax import Array
 from jaxllm.attention.paged import PagedCache, copy_pages
 from jaxllm.core.errors import CapacityError, ConfigError
 from jaxllm.core.rng import row_keys
+from jaxllm.core.sharding import fetch
 from jaxllm.decoding.buckets import CHUNK, batch_bucket, prompt_bucket
 from jaxllm.decoding.decode import Output, Request, check, raise_nonfinite, row_stats
 from jaxllm.decoding.engine import DecodeState, advance, prefill
@@ -135,7 +136,7 @@ class Server:
             jnp.int32(steps),
             **self._options,
         )
-        if not np.asarray(self._state.finite_B).all():
+        if not fetch(self._state.finite_B).all():
             raise_nonfinite(self.model, self.params["target"], self._state)
         return self._collect()
 
@@ -295,9 +296,7 @@ class Server:
     def _put_back(self, row: Row) -> None:
         """Takes a row's place and pages; it is the next to come again."""
         place = self.places.index(row)
-        row.stats = add_stats(
-            row.stats, row_stats(jax.device_get(self._state.stats), place)
-        )
+        row.stats = add_stats(row.stats, row_stats(fetch(self._state.stats), place))
         self._leave(place)
         self.waiting.appendleft(row)
         self.preemptions += 1
@@ -347,7 +346,7 @@ class Server:
     def _collect(self) -> list[tuple[int, Output]]:
         """Reads what was emitted; rows that are done leave."""
         state = self._state
-        tokens_BS, length_B, done_B, logprob_BS, stats = jax.device_get(
+        tokens_BS, length_B, done_B, logprob_BS, stats = fetch(
             (
                 state.committed.tokens_BS,
                 state.committed.length_B,

@@ -4,11 +4,14 @@ Letters: B rows, T tokens, D width, N query heads, K kv heads, H head dim.
 """
 
 import dataclasses
+from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from jaxllm.attention.masks import Mask
+from jaxllm.attention.ring import ring_attention, ring_size
 from jaxllm.attention.rope import apply_rope
 from jaxllm.attention.segments import Segment, attend
 from jaxllm.core.sharding import ShardingRules, constrain
@@ -116,12 +119,30 @@ class Attention(nnx.Module):
         if context.rope is not None:
             q_BTNH = apply_rope(q_BTNH, *context.rope)
             k_BTKH = apply_rope(k_BTKH, *context.rope)
-        q_BTNH = constrain(q_BTNH, ("batch", None, "heads", None), rules)
+        q_BTNH = constrain(q_BTNH, ("batch", "tokens", "heads", None), rules)
         k_BKTH = k_BTKH.transpose(0, 2, 1, 3)
         v_BKTH = v_BTKH.transpose(0, 2, 1, 3)
-        kv_axes = ("batch", "kv_heads", None, None)
+        kv_axes = ("batch", "kv_heads", "tokens", None)
         k_BKTH = constrain(k_BKTH, kv_axes, rules)
         v_BKTH = constrain(v_BKTH, kv_axes, rules)
+        scale = config.head_dim**-0.5 if config.scale is None else config.scale
+        options = {"scale": scale, "softcap": config.softcap, "window": context.window}
+        pair = (k_BKTH, v_BKTH)
+        if not context.segments and ring_size(T, context.mask, rules) > 1:
+            o_BTNH = self._ring(q_BTNH, pair, context, options)
+        else:
+            o_BTNH = self._attend(q_BTNH, pair, context, options)
+        return self.output(o_BTNH.reshape(B, T, -1).astype(x_BTD.dtype)), pair
+
+    def _attend(
+        self,
+        q_BTNH: Array,
+        pair: tuple[Array, Array],
+        context: LayerContext,
+        options: dict[str, Any],
+    ) -> Array:
+        """Attends to the cached segments and the new keys."""
+        k_BKTH, v_BKTH = pair
         new = Segment(
             k_UKSH=k_BKTH,
             v_UKSH=v_BKTH,
@@ -129,14 +150,25 @@ class Attention(nnx.Module):
             valid_US=context.valid_BT,
             mask=context.mask,
         )
-        scale = config.head_dim**-0.5 if config.scale is None else config.scale
-        o_BTNH = attend(
-            q_BTNH,
-            context.positions_BT,
-            (*context.segments, new),
-            scale=scale,
-            softcap=config.softcap,
-            window=context.window,
+        segments = (*context.segments, new)
+        return attend(q_BTNH, context.positions_BT, segments, **options)
+
+    def _ring(
+        self,
+        q_BTNH: Array,
+        pair: tuple[Array, Array],
+        context: LayerContext,
+        options: dict[str, Any],
+    ) -> Array:
+        """Attends among the new tokens, which lie on several devices."""
+        positions_BT, rules = context.positions_BT, context.rules
+        if context.mask.kind == "packed":
+            document_BT = context.mask.arrays[0]
+        elif context.valid_BT is None:
+            document_BT = jnp.zeros_like(positions_BT)
+        else:
+            document_BT = jnp.where(context.valid_BT, 0, -1)
+        assert rules is not None
+        return ring_attention(
+            q_BTNH, *pair, positions_BT, document_BT, rules=rules, **options
         )
-        o_BTO = o_BTNH.reshape(B, T, -1).astype(x_BTD.dtype)
-        return self.output(o_BTO), (k_BKTH, v_BKTH)

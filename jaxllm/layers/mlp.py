@@ -66,5 +66,5 @@ class Mlp(nnx.Module):
             h_BTF = activation(h_BTF)
         else:
             h_BTF = activation(self.gate(x_BTD, jnp.float32)) * h_BTF
-        h_BTF = constrain(h_BTF.astype(x_BTD.dtype), ("batch", None, "ffn"), rules)
+        h_BTF = constrain(h_BTF.astype(x_BTD.dtype), ("batch", "tokens", "ffn"), rules)
         return self.down(h_BTF)

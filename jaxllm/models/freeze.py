@@ -154,7 +154,7 @@ class Model:
         """Returns the residual stream `[B, T, D]` before the first layer."""
         embedder = self._part("embedder", params["embedder"])
         x_BTD = embedder(tokens_BT, positions_BT, self.policy.compute)
-        return constrain(x_BTD, ("batch", None, None), self.rules)
+        return constrain(x_BTD, ("batch", "tokens", None), self.rules)
 
     def run_layers(
         self,
@@ -212,7 +212,7 @@ class Model:
         if self.config.final_softcap is not None:
             cap = self.config.final_softcap
             logits = cap * jnp.tanh(logits / cap)
-        return constrain(logits, ("batch", None, "vocab"), self.rules)
+        return constrain(logits, ("batch", "tokens", "vocab"), self.rules)
 
     def init_cache(
         self, params: Params, rows: int, capacity: int, dtype: Any = None
@@ -227,7 +227,7 @@ class Model:
         """
         shape = self._cache_shape(params, dtype)
         cache = init_cache(**shape, rows=rows, capacity=capacity)
-        return self._split(cache, (None, "batch", "kv_heads", None, None))
+        return self._split(cache, (None, "batch", "kv_heads", "kv_sequence", None))
 
     def init_pages(
         self, params: Params, rows: int, *, dtype: Any = None, **sizes: Any
@@ -364,7 +364,7 @@ class _StackRun:
 
         def run(weights: Params, x_BTD: Array) -> tuple[Array, tuple[Array, Array]]:
             x_BTD, pair = model._part("layer", weights)(x_BTD, layer_context)
-            return constrain(x_BTD, ("batch", None, None), model.rules), pair
+            return constrain(x_BTD, ("batch", "tokens", None), model.rules), pair
 
         if model.remat != "none":
             run = jax.checkpoint(run, policy=_REMAT[model.remat])

@@ -186,6 +186,23 @@ def test_8b_step_on_a_v5e_slice_copies_no_cache(libtpu):
 
 
 @pytest.mark.slow
+def test_a_cache_split_by_sequence_is_never_gathered(libtpu):
+    found = one(
+        config=LLAMA,
+        machine=parse_slice("v5e:2x4"),
+        mesh="sequence=8",
+        rows=4,
+        context=8192,
+        quantize="int8",
+    )
+    assert found["cache_bytes"] == 2**29  # of 4.3 GB
+    assert found["alias_bytes"] >= found["cache_bytes"]
+    # Outputs and log-sum-exps of the parts are joined; a layer's keys would be 67 MB.
+    largest = max(each["largest_bytes"] for each in found["collectives"])
+    assert largest < 2**22
+
+
+@pytest.mark.slow
 def test_70b_with_int8_weights_fits_on_sixteen_v6e_chips(libtpu):
     machine, mesh = parse_slice("v6e:4x4"), "data=2,tensor=8"
     llama = find_config("llama3-70b")

@@ -1,4 +1,5 @@
 import math
+import types
 
 import hypothesis
 import jax
@@ -199,6 +200,15 @@ def test_a_mesh_that_does_not_fit_is_refused():
     assert refusal(make_mesh, ShardingError, {"data": -1, "tensor": 3}, one) == (
         "cannot make mesh: {'data': -1, 'tensor': 3} has sizes whose product is 3, "
         "expected a divisor of 1, the devices to fill. Choose other sizes."
+    )
+
+
+def test_no_process_is_left_without_devices():
+    devices = [types.SimpleNamespace(process_index=i // 4) for i in range(8)]
+    assert refusal(make_mesh, ShardingError, "tensor=4", devices) == (
+        "cannot make mesh: {'tensor': 4} takes 4 of 8 devices, which leaves a process "
+        "without any, expected some of each. Choose larger sizes, or start fewer "
+        "processes."
     )
 
 
