@@ -7,7 +7,6 @@ of a stack.
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -85,12 +84,13 @@ class DenseCache:
 
         Args:
           stack: Index of the stack.
-          layer: Index within the stack; a Python int is sliced statically.
+          layer: Index within the stack.
         """
         return (
             Segment(
-                k_UKSH=layer_of(self.k[stack], layer),
-                v_UKSH=layer_of(self.v[stack], layer),
+                k_UKSH=self.k[stack],
+                v_UKSH=self.v[stack],
+                layer=layer,
                 length_U=self.length_B,
                 mask=FULL,
             ),
@@ -137,17 +137,6 @@ class DenseCache:
     def crop(self, length_B: Array) -> "DenseCache":
         """Returns the cache with rows cut to the given lengths."""
         return DenseCache(self.k, self.v, jnp.minimum(self.length_B, length_B))
-
-
-def layer_of(stacked: Any, layer: Array | int) -> Any:
-    """Returns one layer of every array of a stacked tree, `[l, ...] -> [...]`."""
-
-    def pick(x: Array) -> Array:
-        if x.shape[0] == 1:
-            return x.reshape(x.shape[1:])
-        return jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
-
-    return jax.tree.map(pick, stacked)
 
 
 def write(cache_LBKSH: Array, new_LBKJH: Array, slot_BJ: Array) -> Array:

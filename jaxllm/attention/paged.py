@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from jaxllm.attention.cache import NewKV, layer_of
+from jaxllm.attention.cache import NewKV
 from jaxllm.attention.masks import FULL
 from jaxllm.attention.segments import Segment
 from jaxllm.core.pytree import pytree_dataclass
@@ -70,8 +70,9 @@ class PagedCache:
         """Returns the one segment of a layer's cached keys."""
         return (
             Segment(
-                k_UKSH=layer_of(self.k[stack], layer),
-                v_UKSH=layer_of(self.v[stack], layer),
+                k_UKSH=self.k[stack],
+                v_UKSH=self.v[stack],
+                layer=layer,
                 length_U=self.length_B,
                 pages_BN=self.table_BN,
                 mask=FULL,

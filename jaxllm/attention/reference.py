@@ -87,7 +87,10 @@ def attend_reference(
 
 
 def _unpaged(segment: Segment) -> Segment:
-    """Returns the segment with the pages of every row behind each other."""
+    """Returns the segment's one layer, the pages of every row behind each other."""
+    if segment.layer is not None:
+        k, v = segment.k_UKSH[segment.layer], segment.v_UKSH[segment.layer]
+        segment = dataclasses.replace(segment, k_UKSH=k, v_UKSH=v, layer=None)
     pages_BN = segment.pages_BN
     if pages_BN is None:
         return segment

@@ -140,7 +140,8 @@ def _turn(q_BTNH: Array, mine: _Piece, n: int, options: dict[str, Any]) -> Array
     piece = mine
     for hop in range(n):
         # Sent before it is used here, so that the two happen at a time.
-        following = None if hop == n - 1 else jax.tree.map(_pass_on(n), piece)
+        last = hop == n - 1
+        following = piece if last else jax.tree.map(_pass_on(n), piece)
         seen = meet(seen, piece)
         piece = following
     return seen.out_BTNH

@@ -9,6 +9,7 @@ segment, U users of a segment (B, 1, or a number of groups), R most rows of a us
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,11 +17,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxllm.attention.kernels import attend_by_kernel
 from jaxllm.attention.masks import FULL, GLOBAL_WINDOW, Mask, allowed, packed
 from jaxllm.core.einsum import contract
 from jaxllm.core.pytree import pytree_dataclass
+from jaxllm.core.sharding import ShardingRules
 
-__all__ = ["AttentionOutput", "Segment", "attend", "attend_segment", "merge"]
+__all__ = [
+    "AttentionOutput",
+    "Segment",
+    "attend",
+    "attend_segment",
+    "layer_of",
+    "merge",
+]
 
 # Stands for -inf where -inf - -inf would give NaN.
 _LOWEST = -1e30
@@ -49,6 +59,8 @@ class Segment:
         user's behind the other's.
       pages_BN: Pages of each row in order, where keys and values are a pool `[pages, K,
         slots of a page, H]`; the row's keys stand in its pages one behind the other.
+      layer: Where keys and values are stacked, `[l, U, K, S, H]`, the layer that is
+        read. A kernel reads it in place.
       rows_UR: In place of `row_B`, the rows that read each user, B where there are
         fewer; a row that stands nowhere sees nothing. Unlike `row_B` it copies queries,
         not keys.
@@ -63,6 +75,7 @@ class Segment:
     valid_US: Array | None = None
     row_B: Array | None = None
     pages_BN: Array | None = None
+    layer: Array | int | None = None
     rows_UR: Array | None = None
     mask: Mask = FULL
 
@@ -86,6 +99,8 @@ def attend_segment(
     scale: float,
     softcap: float | None = None,
     window: Array | int = GLOBAL_WINDOW,
+    rules: ShardingRules | None = None,
+    implementation: str | None = None,
 ) -> AttentionOutput:
     """Attends over one segment.
 
@@ -97,6 +112,8 @@ def attend_segment(
       scale: Multiplies the logits.
       softcap: c of `c * tanh(logits / c)`; none when None.
       window: A key is visible while `query position - key position < window`.
+      rules: How queries and keys are split over the mesh, for kernels.
+      implementation: Of the kernels, as for `attend_by_kernel`.
 
     Returns:
       The partial output and its log-sum-exp.
@@ -104,12 +121,20 @@ def attend_segment(
     Source: Hydragen (arXiv 2402.05099) section 3.1; RelayAttention (arXiv 2402.14808)
       section 3.2.
     """
-    if segment.pages_BN is not None:
-        segment = _joined(segment, segment.pages_BN)
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
+    options |= {"rules": rules, "implementation": implementation}
     if segment.rows_UR is not None:
         grouped = (q_BTNH, query_position_BT, segment, segment.rows_UR)
         return _attend_sorted(*grouped, **options)
+    found = attend_by_kernel(q_BTNH, query_position_BT, segment, **options)
+    if found is not None:
+        return AttentionOutput(*found)
+    if segment.layer is not None:
+        pick = functools.partial(layer_of, layer=segment.layer)
+        k, v = pick(segment.k_UKSH), pick(segment.v_UKSH)
+        segment = dataclasses.replace(segment, k_UKSH=k, v_UKSH=v, layer=None)
+    if segment.pages_BN is not None:
+        segment = _joined(segment, segment.pages_BN)
     B, T, N, H = q_BTNH.shape
     k, v = segment.k_UKSH, segment.v_UKSH
     if segment.mask.kind == "packed" and _BLOCK < T == k.shape[2]:
@@ -175,6 +200,17 @@ def _joined(segment: Segment, pages_BN: Array) -> Segment:
 
     k_BKSH, v_BKSH = join(segment.k_UKSH), join(segment.v_UKSH)
     return dataclasses.replace(segment, k_UKSH=k_BKSH, v_UKSH=v_BKSH, pages_BN=None)
+
+
+def layer_of(stacked: Any, layer: Array | int) -> Any:
+    """Returns one layer of every array of a stacked tree, `[l, ...] -> [...]`."""
+
+    def pick(x: Array) -> Array:
+        if x.shape[0] == 1:
+            return x.reshape(x.shape[1:])
+        return jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+
+    return jax.tree.map(pick, stacked)
 
 
 def _attend_sorted(
@@ -273,6 +309,7 @@ def attend(
     scale: float,
     softcap: float | None = None,
     window: Array | int = GLOBAL_WINDOW,
+    rules: ShardingRules | None = None,
 ) -> Array:
     """Attends over all segments; arguments as for `attend_segment`.
 
@@ -287,6 +324,7 @@ def attend(
             scale=scale,
             softcap=softcap,
             window=window,
+            rules=rules,
         )
         for segment in segments
     ]

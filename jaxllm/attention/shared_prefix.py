@@ -13,7 +13,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
-from jaxllm.attention.cache import DenseCache, NewKV, layer_of
+from jaxllm.attention.cache import DenseCache, NewKV
 from jaxllm.attention.masks import FULL
 from jaxllm.attention.segments import Segment
 from jaxllm.core.pytree import pytree_dataclass
@@ -51,8 +51,9 @@ class PrefixLevel:
     def segment(self, stack: int, layer: Array | int) -> Segment:
         """Returns the keys of a layer; all of them precede every query."""
         return Segment(
-            k_UKSH=layer_of(self.k[stack], layer),
-            v_UKSH=layer_of(self.v[stack], layer),
+            k_UKSH=self.k[stack],
+            v_UKSH=self.v[stack],
+            layer=layer,
             length_U=self.length_U,
             start_U=self.start_U,
             rows_UR=self.rows_UR,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxllm.attention.cache import DenseCache, NewKV, layer_of
+from jaxllm.attention.cache import DenseCache, NewKV
 from jaxllm.attention.masks import Mask, ancestor
 from jaxllm.attention.segments import Segment
 from jaxllm.core.errors import ConfigError
@@ -58,8 +58,9 @@ class NodeCache:
     def segments(self, stack: int, layer: Array | int) -> tuple[Segment, ...]:
         """Returns the text's segments and one of expanded nodes."""
         nodes = Segment(
-            k_UKSH=layer_of(self.k[stack], layer),
-            v_UKSH=layer_of(self.v[stack], layer),
+            k_UKSH=self.k[stack],
+            v_UKSH=self.v[stack],
+            layer=layer,
             position_US=self.position_BE,
             mask=Mask("ancestor", (self.sees_BFE,)),
         )

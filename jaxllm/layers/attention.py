@@ -126,7 +126,8 @@ class Attention(nnx.Module):
         k_BKTH = constrain(k_BKTH, kv_axes, rules)
         v_BKTH = constrain(v_BKTH, kv_axes, rules)
         scale = config.head_dim**-0.5 if config.scale is None else config.scale
-        options = {"scale": scale, "softcap": config.softcap, "window": context.window}
+        options = {"scale": scale, "softcap": config.softcap, "rules": rules}
+        options["window"] = context.window
         pair = (k_BKTH, v_BKTH)
         if not context.segments and ring_size(T, context.mask, rules) > 1:
             o_BTNH = self._ring(q_BTNH, pair, context, options)
@@ -161,14 +162,11 @@ class Attention(nnx.Module):
         options: dict[str, Any],
     ) -> Array:
         """Attends among the new tokens, which lie on several devices."""
-        positions_BT, rules = context.positions_BT, context.rules
+        positions_BT = context.positions_BT
         if context.mask.kind == "packed":
             document_BT = context.mask.arrays[0]
         elif context.valid_BT is None:
             document_BT = jnp.zeros_like(positions_BT)
         else:
             document_BT = jnp.where(context.valid_BT, 0, -1)
-        assert rules is not None
-        return ring_attention(
-            q_BTNH, *pair, positions_BT, document_BT, rules=rules, **options
-        )
+        return ring_attention(q_BTNH, *pair, positions_BT, document_BT, **options)

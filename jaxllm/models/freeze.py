@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxllm.attention.cache import Cache, DenseCache, NewKV, init_cache, layer_of
+from jaxllm.attention.cache import Cache, DenseCache, NewKV, init_cache
 from jaxllm.attention.masks import CAUSAL, Mask
 from jaxllm.attention.paged import PagedCache, init_pages
 from jaxllm.attention.rope import rope_tables, rotate_angles
+from jaxllm.attention.segments import layer_of
 from jaxllm.core.dtypes import DTypePolicy
 from jaxllm.core.errors import ConfigError
 from jaxllm.core.pytree import pytree_dataclass, static

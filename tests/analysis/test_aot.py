@@ -182,6 +182,8 @@ def test_8b_step_on_a_v5e_slice_copies_no_cache(libtpu):
     assert found["largest_copy_bytes"] < 8 * layer
     assert found["alias_bytes"] >= found["cache_bytes"]
     assert collectives(found, 2) == {"all-reduce": 2}
+    # The cache is read by a kernel, in the loop over layers.
+    assert found["kernels"] == {"interval_attention": 1}
     assert found["peak_bytes"] < found["memory_bytes"]
 
 

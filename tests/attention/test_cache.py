@@ -2,6 +2,8 @@
 layers of a stack.
 """
 
+import dataclasses
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jaxllm.attention import DenseCache, init_cache
+from jaxllm.attention import DenseCache, attend_segment, init_cache
 
 B, S, H, T = 3, 6, 2, 4
 # Stacks of one and of three layers, with kv heads of their own.
@@ -185,8 +187,21 @@ def test_a_layer_reads_its_own_keys(stack, layer, traced):
     cache = filled(length_B=[3, 0, 6])
     read = jax.jit(cache.segments, static_argnums=0) if traced else cache.segments
     (segment,) = read(stack, layer)
-    np.testing.assert_array_equal(segment.k_UKSH, cache.k[stack][layer])
-    np.testing.assert_array_equal(segment.v_UKSH, cache.v[stack][layer])
+    np.testing.assert_array_equal(segment.k_UKSH, cache.k[stack])
+    np.testing.assert_array_equal(segment.v_UKSH, cache.v[stack])
+    assert segment.layer == layer
+    q_BTNH = jnp.ones((B, 1, 2, H))
+    position_BT = jnp.full((B, 1), 9)
+    alone = dataclasses.replace(
+        segment,
+        k_UKSH=cache.k[stack][layer],
+        v_UKSH=cache.v[stack][layer],
+        layer=None,
+    )
+    found, expected = (
+        attend_segment(q_BTNH, position_BT, s, scale=1.0) for s in (segment, alone)
+    )
+    np.testing.assert_array_equal(found.out_BTNH, expected.out_BTNH)
     np.testing.assert_array_equal(segment.length_U, [3, 0, 6])
 
 

@@ -167,7 +167,7 @@ def test_without_levels_it_is_the_dense_cache():
     assert cache.starts_empty
     np.testing.assert_array_equal(cache.length_B, cache.suffix.length_B)
     [own] = cache.segments(0, 0)
-    assert own.k_UKSH.shape == cache.suffix.k[0].shape[1:]
+    assert own.k_UKSH.shape == cache.suffix.k[0].shape
 
 
 def test_only_the_rows_own_part_grows_and_shrinks():

@@ -181,6 +181,7 @@ for name, optimizer in (
     for sizes, parts in (
         ({}, 1), ({"data": 4}, 1), ({"data": 8}, 2), ({"fsdp": 8}, 1),
         ({"data": 2, "fsdp": 2, "tensor": 2}, 2), ({"tensor": 2}, 1),
+        ({"fsdp": 2, "sequence": 4}, 2),
     ):
         found[f"{name} {sizes} {parts}"] = run(sizes, parts, optimizer)
 print(json.dumps(found))
