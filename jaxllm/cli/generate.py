@@ -20,6 +20,7 @@ from jaxllm.cli.options import (
     Texts,
     UsageError,
 )
+from jaxllm.cli.processes import PROCESSES, Mirror, first_says, join_processes
 from jaxllm.version import __version__
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ FLAGS = (
     ),
     Flag("dtype", "bfloat16", "dtype of weights and activations, such as float32"),
     MESH,
+    *PROCESSES,
     Flag("output", None, "write rows as JSONL to this file, or go on with it"),
     Switch("stream", False, "print text as it comes"),
     Switch("stats", False, "print totals as JSON to stderr"),
@@ -161,6 +163,7 @@ def run(values: flags.FlagValues) -> int:
       UserError: The model, the prompt or every row is unusable.
     """
     _check(values)
+    join_processes(values, "cannot generate")
     # jax comes with these, so not before the flags are known to be right.
     from jaxllm import api
     from jaxllm.cli.progress import Meter
@@ -283,6 +286,12 @@ def _check(values: flags.FlagValues) -> None:
         for name, default in (("output", None), ("num_samples", 1)):
             if values[name].value != default:
                 raise refuse(f"--{name}: in a conversation", "none", "Leave it out.")
+    if values.coordinator is not None and (alone or values.prompts == "-"):
+        raise refuse(
+            "--coordinator: with text from this terminal",
+            "--prompt or a file",
+            "Leave it out.",
+        )
     if values.stream:
         for name in ("prompts", "output"):
             if values[name].value is not None:
@@ -349,16 +358,15 @@ def _work(
 ) -> None:
     """Runs a job: rows in, rows out."""
     from jaxllm.cli.jobs import BatchJob
-    from jaxllm.cli.output import ResultFile, ResultStream
+    from jaxllm.cli.output import ResultStream
     from jaxllm.cli.progress import Bar, note
     from jaxllm.cli.tasks import make_tasks
 
     with contextlib.ExitStack() as stack:
-        if values.output is None:
-            found = failed = 0
-            results: Any = ResultStream()
-        else:
-            results = stack.enter_context(ResultFile(values.output, _config(values)))
+        results: Any = ResultStream()
+        found = failed = 0
+        if values.output is not None:
+            results = _open_results(stack, values)
             found, failed = results.found, results.found_failed
         rows = stack.enter_context(_rows(values))
         if values.prompts is None:
@@ -375,6 +383,21 @@ def _work(
                 note(f"stopped: {kept} rows are in {values.output}; start again")
             raise
         _judge(job, found, failed, values)
+
+
+def _open_results(stack: contextlib.ExitStack, values: flags.FlagValues) -> Any:
+    """Returns the output, or on all processes but the first what it holds."""
+    from jaxllm.cli.output import ResultFile
+
+    files = []
+
+    def describe() -> list[Any]:
+        file = stack.enter_context(ResultFile(values.output, _config(values)))
+        files.append(file)
+        return [file.keys, file.found, file.found_failed]
+
+    described = first_says(describe)
+    return files[0] if files else Mirror(*described)
 
 
 def _judge(job: "BatchJob", found: int, failed: int, values: flags.FlagValues) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "ResultStream",
     "Results",
     "describe_prompts",
+    "key_of",
     "write_text",
 ]
 
@@ -125,6 +126,11 @@ class ResultFile:
     def __exit__(self, *error: object) -> None:
         """Closes the file and lets go of it."""
         self._closing.close()
+
+    @property
+    def keys(self) -> list[Key]:
+        """What is there, as `has` knows it."""
+        return sorted(self._keys, key=repr)
 
     def has(self, keys: Iterable[Key]) -> bool:
         """Returns whether one of these rows is there already."""

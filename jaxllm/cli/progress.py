@@ -18,8 +18,9 @@ _COMPILING = "/jax/core/compile/"
 
 
 def note(text: str, command: str = "generate") -> None:
-    """Prints a line to stderr."""
-    print(f"jaxllm {command}: {text}", file=sys.stderr, flush=True)
+    """Prints a line to stderr, of several processes the first."""
+    if jax.process_index() == 0:
+        print(f"jaxllm {command}: {text}", file=sys.stderr, flush=True)
 
 
 class Meter:

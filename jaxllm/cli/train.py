@@ -5,7 +5,8 @@ from pathlib import Path
 
 from absl import flags
 
-from jaxllm.cli.options import Flag, Number, Switch, Texts, UsageError
+from jaxllm.cli.options import Flag, Switch, Texts, UsageError
+from jaxllm.cli.processes import PROCESSES, join_processes
 
 __all__ = ["FLAGS", "SUMMARY", "run"]
 
@@ -32,21 +33,7 @@ FLAGS = (
         "a field in which a resumed run may differ from its start; may be repeated",
     ),
     Switch("export", False, "write the model to WORKDIR/model at the end, as bfloat16"),
-    Flag("coordinator", None, "of several processes: the first one's host:port"),
-    Number(
-        "num_processes",
-        None,
-        "processes of the job (default: found, or 1)",
-        integer=True,
-    ),
-    Number("process_id", None, "which of them this is", low=0, integer=True),
-    Number(
-        "initialization_timeout",
-        300,
-        "seconds to wait for the other processes",
-        low=1,
-        integer=True,
-    ),
+    *PROCESSES,
 )
 
 _DIVERGED = 3
@@ -72,7 +59,7 @@ def run(values: flags.FlagValues) -> int:
                 f"cannot train: --{name} is missing, expected "
                 f"{'a Python file' if name == 'config' else 'a folder'}. Add it."
             )
-    _join_processes(values)
+    join_processes(values, "cannot train")
     # jax comes with these; a job of several processes has to be joined before.
     import jax
 
@@ -98,25 +85,6 @@ def run(values: flags.FlagValues) -> int:
     if values.export and jax.process_index() == 0:
         export(lm, Path(values.workdir) / "model")
     return 0
-
-
-def _join_processes(values: flags.FlagValues) -> None:
-    if values.coordinator is None and values.num_processes is None:
-        return
-    import jax
-
-    if values.num_processes is None or values.process_id is None:
-        raise UsageError(
-            "cannot train: --coordinator is given without --num_processes and "
-            "--process_id, expected all three. Add them, or leave out all of them "
-            "where the cluster tells."
-        )
-    jax.distributed.initialize(
-        values.coordinator,
-        values.num_processes,
-        values.process_id,
-        initialization_timeout=values.initialization_timeout,
-    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 FLAGS_OF_GENERATE = (
     "model adapter prompt prompts decode max_new_tokens temperature top_p top_k min_p "
     "repetition_penalty presence_penalty verify constraint stop chat num_samples "
-    "shared_prefix kv_dtype seed dtype mesh output stream stats truncate"
+    "shared_prefix kv_dtype seed dtype mesh coordinator num_processes "
+    "process_id initialization_timeout output stream stats truncate"
 ).split()
 
 

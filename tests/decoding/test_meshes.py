@@ -63,6 +63,35 @@ def test_tokens_on_every_mesh_are_those_of_one_device(checkpoint, run_with_devic
     assert_equal_on_all(lines)
 
 
+def run_together(arguments, **environment):
+    """Runs Python twice at a time, with four devices each; returns what each printed.
+
+    Every INDEX in an argument or a variable is the number of the process.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    environment |= {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=4",
+    }
+    children = []
+    for index in range(2):
+        own = {k: v.replace("INDEX", str(index)) for k, v in environment.items()}
+        children.append(
+            subprocess.Popen(
+                [sys.executable, *(x.replace("INDEX", str(index)) for x in arguments)],
+                env=os.environ | own,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = [child.communicate(timeout=500) for child in children]
+    for child, (_, errors) in zip(children, said, strict=True):
+        assert child.returncode == 0, errors[-4000:]
+    return said
+
+
 JOIN = """
 import sys
 import jax
@@ -82,27 +111,48 @@ def test_tokens_of_two_processes_are_those_of_one(checkpoint, run_with_devices):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = os.environ.get("XLA_FLAGS", "")
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=4",
-    }
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, address, str(index)],
-            env=environment,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    said = [child.communicate(timeout=500) for child in children]
-    for child, (_, errors) in zip(children, said, strict=True):
-        assert child.returncode == 0, errors[-4000:]
+    said = run_together(["-c", code, address, "INDEX"])
     # The library that connects the processes prints to the same stream.
     lines = [line for line in said[0][0].splitlines() if line.startswith("{")]
     assert len(lines) == len(expected) == 1
     for line, one in zip(lines, expected, strict=True):
         assert_equal_on_all([json.dumps(json.loads(line) | json.loads(one))])
+
+
+@pytest.mark.slow
+def test_a_job_of_two_processes_writes_one_file(checkpoint, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    prompts = [{"token_ids": [5 + i, 9, 3 * i + 4]} for i in range(8)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    command = ["-m", "jaxllm.cli.main", "generate", f"--model={checkpoint}"]
+    command += [f"--prompts={rows}", "--dtype=float32", "--max_new_tokens=6"]
+    alone, together = tmp_path / "alone.jsonl", tmp_path / "together.jsonl"
+    one = subprocess.run(
+        [sys.executable, *command, f"--output={alone}"],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert one.returncode == 0, one.stderr[-4000:]
+    # As Slurm tells its processes; the port follows from the number of the job.
+    cluster = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "INDEX",
+        "SLURM_LOCALID": "INDEX",
+    }
+    command += ["--mesh=data=2,tensor=4", "--coordinator=auto", f"--output={together}"]
+
+    def tokens(path):
+        found = map(json.loads, path.read_text().splitlines())
+        return {row["id"]: row["token_ids"] for row in found}
+
+    run_together(command, **cluster)
+    assert len(tokens(alone)) == 8 and tokens(together) == tokens(alone)
+    # Rows that are missing are made again, by all processes together.
+    lines = together.read_text().splitlines(keepends=True)
+    together.write_text("".join(lines[:5]))
+    run_together(command, **cluster)
+    assert tokens(together) == tokens(alone)
