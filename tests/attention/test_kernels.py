@@ -78,7 +78,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("window", [GLOBAL_WINDOW, 6])
+@pytest.mark.parametrize(
+    "window", [GLOBAL_WINDOW, pytest.param(6, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_a_kernel_gives_what_xla_gives(name, window):
     segment = CASES[name]

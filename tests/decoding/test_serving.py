@@ -79,7 +79,13 @@ DRAFTERS = {
 }
 
 
-@pytest.mark.parametrize("drafter", DRAFTERS.values(), ids=DRAFTERS)
+@pytest.mark.parametrize(
+    "drafter",
+    [
+        pytest.param(drafter, id=name, marks=[] if i == 0 else pytest.mark.slow)
+        for i, (name, drafter) in enumerate(DRAFTERS.items())
+    ],
+)
 def test_rows_that_come_and_go_give_the_tokens_of_rows_alone(drafter):
     assert_served({"drafter": drafter, "service": SERVICE})
 

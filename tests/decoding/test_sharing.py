@@ -130,7 +130,11 @@ WORKLOADS = {"tree": TREE, "one": SAMPLES, "skew": SKEWED}
 
 @pytest.mark.parametrize("prompts", WORKLOADS.values(), ids=WORKLOADS)
 @pytest.mark.parametrize(
-    "drafter", [Autoregressive(), PromptLookup(lean=False)], ids=["chain 1", "chain 8"]
+    "drafter",
+    [
+        pytest.param(Autoregressive(), id="chain 1"),
+        pytest.param(PromptLookup(lean=False), id="chain 8", marks=pytest.mark.slow),
+    ],
 )
 def test_tokens_are_those_of_prompts_alone(prompts, drafter):
     plan = plan_sharing(prompts, least_tokens=PAIRS)

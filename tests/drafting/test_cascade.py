@@ -21,6 +21,7 @@ def test_a_vertical_over_nothing_is_the_model_alone(temperature) -> None:
     assert steps(alone) == steps(cascade)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_a_strict_vertical_drafts_what_its_model_would(temperature) -> None:
     alone = run(f"model:{WHOLE},length=6", temperature=temperature)

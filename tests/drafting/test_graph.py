@@ -27,7 +27,8 @@ def test_without_merging_it_is_the_dynamic_tree(options, temperature) -> None:
         assert a.stats["draft_tokens"] == b.stats["draft_tokens"]
 
 
-@pytest.mark.parametrize("order", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [0, 1])
 def test_merging_keeps_the_text_and_expands_no_more_nodes(order) -> None:
     size = "depth=4,width=5,frontier=5,nodes=12"
     tree = run(f"graph:{EARLY},merge_order=-1,{size}", temperature=1.0)
